@@ -1,0 +1,304 @@
+"""Every setting, written once: the command line, its help, the README table and run.json are made from it."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Any, Literal, TypeVar, overload
+
+from fsdp_qlora import settings
+from fsdp_qlora.settings import Check, Rule, Scalar
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Settings of one fine-tuning run. The text under each field is its documentation everywhere."""
+
+    # --- model ---
+    model: str = "smollm2-135m"
+    """Alias (llama-70b, qwen3-32b, ...), hub id (owner/name) or local folder with safetensors weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the main branch."""
+
+    # --- data ---
+    dataset: str = "demo"
+    """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot)."""
+
+    dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Form of the rows; auto looks at the column names of the first row."""
+
+    eval_dataset: str | None = None
+    """Dataset to evaluate on, in the same forms as --dataset; default: rows held out from --dataset."""
+
+    eval_split: float = 0.05
+    """Share of --dataset held out for evaluation when --eval_dataset is not given (at most 1,000 rows); 0: none."""
+
+    train_on: Literal["responses", "all"] = "responses"
+    """Tokens that count in the loss: only the model's answers, or everything."""
+
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A malformed row stops the run with its line number, or is skipped, counted and listed."""
+
+    context_length: int = 2048
+    """Tokens per sequence. Longer examples are cut at the end; those left without a target token are dropped."""
+
+    packing: bool = True
+    """Fill sequences with several examples, which cannot see each other; false: one example a sequence, padded."""
+
+    # --- LoRA ---
+    lora_rank: int = 64
+    """Rank of the LoRA matrices."""
+
+    lora_alpha: float = 16.0
+    """LoRA scale: updates are multiplied by lora_alpha / lora_rank."""
+
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA branch; 0 is fastest."""
+
+    lora_target_modules: str = "all-linear"
+    """'all-linear' (every linear layer of the decoder blocks) or comma-separated names such as q_proj,v_proj."""
+
+    # --- base weights ---
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code of the frozen base; ignored for checkpoints that are already quantised, which keep theirs."""
+
+    double_quant: bool = True
+    """Quantise the block scales too (0.37 bit per weight less); bitsandbytes' double quantisation."""
+
+    quant_storage: Literal["float32", "uint8", "bfloat16", "float16"] = "float32"
+    """dtype under which FSDP holds the packed bytes; float32 is exact everywhere, uint8 needs torch >= 2.12."""
+
+    verify_weights: bool = True
+    """Check at the start that every block's gathered bytes are those that were loaded; stops on a mismatch."""
+
+    # --- distribution and memory ---
+    sharding: Literal["full", "none"] = "full"
+    """full: the base is sharded over all ranks; none: every rank holds all of it (data parallel), faster if it fits."""
+
+    cpu_offload: Literal["none", "all"] = "none"
+    """Where sharded parameters rest between uses: on the GPU, or in pinned CPU memory."""
+
+    activation_checkpointing: Literal["full", "none"] = "full"
+    """full: keep only each block's input and recompute the block in backward; none: keep every activation."""
+
+    timeout_s: int = 1800
+    """Seconds a rank waits for the others (start-up, load, step) before the run stops with an error."""
+
+    # --- training ---
+    batch_size: int = 1
+    """Sequences per GPU and micro-batch."""
+
+    gradient_accumulation_steps: int = 4
+    """Micro-batches per optimizer step; one step sees batch_size x accumulation x ranks sequences."""
+
+    num_epochs: int = 1
+    """Passes over the training data, unless --max_steps ends the run earlier."""
+
+    max_steps: int = -1
+    """Optimizer steps; -1: as many as num_epochs gives."""
+
+    lr: float = 2e-4
+    """Peak learning rate of AdamW."""
+
+    lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
+    """Learning rate after the warm-up: constant, or falling to 0 linearly or along a cosine."""
+
+    warmup_ratio: float = 0.03
+    """Share of the steps over which the learning rate rises from 0."""
+
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay of the LoRA matrices."""
+
+    adam_beta1: float = 0.9
+    """AdamW's decay of the first moment."""
+
+    adam_beta2: float = 0.999
+    """AdamW's decay of the second moment."""
+
+    max_grad_norm: float = 1.0
+    """Gradients are scaled down to this global norm; 0 switches clipping off."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """dtype of the computation; LoRA weights, gradients and the optimizer are float32 in both."""
+
+    seed: int = 42
+    """Seed of LoRA initialisation, shuffling and dropout."""
+
+    # --- evaluation and output ---
+    eval_steps: int = 0
+    """Evaluate every N optimizer steps, besides before the first and after the last; 0: only those two."""
+
+    logging_steps: int = 1
+    """Write metrics every N optimizer steps."""
+
+    output_dir: str = "runs/default"
+    """Folder for the adapter, metrics.jsonl and run.json; must be empty or absent unless --overwrite."""
+
+    overwrite: bool = False
+    """Replace the results of an earlier run in --output_dir."""
+
+    log_to: Literal["none", "wandb"] = "none"
+    """Tracker besides metrics.jsonl; a tracker that fails never stops the run."""
+
+    run_name: str | None = None
+    """Name of the run in the tracker; default: the last part of --output_dir."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
+
+    @property
+    def lora_scaling(self) -> float:
+        """Factor of the LoRA branch."""
+        return self.lora_alpha / self.lora_rank
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """Settings of one answer from a trained adapter."""
+
+    # --- model and prompt ---
+    adapter: str
+    """Folder of a trained adapter: the --output_dir of a training run."""
+
+    prompt: str
+    """The user's message."""
+
+    model: str | None = None
+    """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
+
+    # --- answer ---
+    max_new_tokens: int = 128
+    """Longest answer, in tokens."""
+
+    temperature: float = 0.0
+    """0: always the most likely token; above 0: sample, the higher the more varied."""
+
+    seed: int = 42
+    """Seed of the sampling."""
+
+    # --- computation ---
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: on the GPU if there is one."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """dtype of the computation."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
+
+
+def field_names() -> list[str]:
+    """Return the names of all training settings in the order of their definition."""
+    return [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+def docs(cls: type = TrainConfig) -> dict[str, str]:
+    """Return each setting's documentation; settings.describe() also gives section, type and default."""
+    return {setting.name: setting.doc for setting in settings.describe(cls)}
+
+
+def to_dict(config: TrainConfig | GenerateConfig) -> dict[str, Scalar]:
+    """Return the settings as plain values, in the order of their definition."""
+    return dataclasses.asdict(config)
+
+
+@overload
+def parse(overrides: Mapping[str, object], config_file: str | None = None) -> TrainConfig: ...
+@overload
+def parse(overrides: Mapping[str, object], config_file: str | None, cls: type[T]) -> T: ...
+def parse(overrides: Mapping[str, object], config_file: str | None = None, cls: type[Any] = TrainConfig) -> Any:
+    """Make settings from defaults, then a flat YAML file, then overrides, which may be raw command-line strings.
+
+    Raises:
+        ConfigError: every problem found, one a line, each with value, rule and remedy.
+    """
+    return settings.parse(cls, overrides, config_file, RULES, CHECKS.get(cls, ()))
+
+
+def _at_least(limit: int) -> Rule:
+    return Rule(lambda value: value >= limit, f"at least {limit}")
+
+
+def _is_safe_path(path: str) -> bool:
+    return path.isprintable() and all(len(os.fsencode(part)) <= 255 for part in PurePath(path).parts)
+
+
+_SHARE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
+
+RULES: dict[str, Rule] = {
+    "context_length": _at_least(8),
+    "eval_split": _SHARE,
+    "lora_rank": _at_least(1),
+    "lora_alpha": Rule(lambda value: value > 0, "above 0"),
+    "lora_dropout": _SHARE,
+    "lora_target_modules": Rule(
+        lambda value: all(re.fullmatch(r"\s*[\w.-]+\s*", name) for name in value.split(",")),
+        "'all-linear' or module names separated by commas, such as q_proj,v_proj",
+    ),
+    "timeout_s": _at_least(1),
+    "batch_size": _at_least(1),
+    "gradient_accumulation_steps": _at_least(1),
+    "num_epochs": _at_least(1),
+    "max_steps": Rule(lambda value: value == -1 or value >= 1, "-1 (no limit) or at least 1"),
+    "lr": Rule(lambda value: value > 0, "above 0"),
+    "warmup_ratio": Rule(lambda value: 0 <= value <= 1, "from 0 to 1"),
+    "weight_decay": _at_least(0),
+    "adam_beta1": _SHARE,
+    "adam_beta2": _SHARE,
+    "max_grad_norm": _at_least(0),
+    "seed": Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
+    "eval_steps": _at_least(0),
+    "logging_steps": _at_least(1),
+    "output_dir": Rule(
+        _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
+    ),
+    "max_new_tokens": _at_least(1),
+    "temperature": _at_least(0),
+}
+"""What a value must be; a name means the same in every command."""
+
+
+def _offload_without_shards(config: TrainConfig) -> str | None:
+    if config.sharding == "none" and config.cpu_offload == "all":
+        return (
+            "--sharding=none with --cpu_offload=all: only sharded parameters can rest on the CPU; use --sharding=full"
+        )
+    return None
+
+
+def _evaluation_without_rows(config: TrainConfig) -> str | None:
+    if config.eval_steps and not config.eval_split and config.eval_dataset is None:
+        return (
+            f"--eval_steps={config.eval_steps} with --eval_split=0: no rows to evaluate on; "
+            "give --eval_dataset or an --eval_split above 0"
+        )
+    return None
+
+
+def _uint8_on_old_torch(config: TrainConfig) -> str | None:
+    installed = importlib.metadata.version("torch")  # not torch.__version__: importing torch takes seconds
+    major, minor = (int(part) for part in installed.split(".")[:2])
+    if config.quant_storage == "uint8" and (major, minor) < (2, 12):
+        return (
+            f"--quant_storage=uint8: torch {installed} refuses to shard integer parameters; "
+            "use --quant_storage=float32 or torch 2.12 or newer"
+        )
+    return None
+
+
+CHECKS: dict[type, tuple[Check, ...]] = {
+    TrainConfig: (
+        Check(("sharding", "cpu_offload"), _offload_without_shards),
+        Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),
+        Check(("quant_storage",), _uint8_on_old_torch),
+    ),
+}
+"""Combinations that cannot work, of each command's settings."""

@@ -1,0 +1,211 @@
+"""Batches for one rank: every step is computed from (epoch, index) alone, so resuming needs no other state."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from fsdp_qlora.data.packing import pack, packing_efficiency
+from fsdp_qlora.data.tokenize import IGNORE, Example
+
+ROW_MULTIPLE = 8
+"""Rows of unpacked batches are padded to a multiple of this, which matmul kernels like."""
+
+
+@dataclass(frozen=True)
+class Batch:
+    """One micro-batch of one rank: B rows of T positions, each row a series of documents that fills it."""
+
+    input_ids: torch.Tensor
+    """[B, T] int64; padding holds pad_token_id."""
+
+    labels: torch.Tensor
+    """[B, T] int64, shifted: labels[b, t] is the target predicted at position t, -100 where there is none."""
+
+    position_ids: torch.Tensor
+    """[B, T] int64, from 0 in every document."""
+
+    cu_seqlens: torch.Tensor
+    """[n + 1] int32: where documents begin among the B * T positions, then B * T. A row's padding is a document."""
+
+    max_seqlen: int
+    """Tokens of the longest document, padding included."""
+
+    num_targets: int
+    """Labels that are not -100."""
+
+    def to(self, device: torch.device | str) -> Batch:
+        """Return the batch with its tensors on device."""
+        return Batch(
+            self.input_ids.to(device),
+            self.labels.to(device),
+            self.position_ids.to(device),
+            self.cu_seqlens.to(device),
+            self.max_seqlen,
+            self.num_targets,
+        )
+
+
+@dataclass(frozen=True)
+class LoaderStats:
+    """What one epoch holds, over all ranks."""
+
+    num_examples: int
+    num_tokens: int
+    num_targets: int
+    num_sequences: int
+    num_steps: int
+    efficiency: float
+    """Share of the sequences' positions that hold tokens of examples."""
+
+
+class Loader:
+    """Deals tokenised examples to ranks and micro-batches.
+
+    The order of an epoch is a permutation from (seed, epoch), the same for every number of ranks; packing runs on that
+    order. One optimizer step takes the next batch_size x gradient_accumulation_steps x world_size sequences; rows
+    missing at the end of an epoch are all padding without targets, so each example is seen exactly once an epoch.
+
+    Args:
+        examples: tokenised examples of 1 to context_length tokens; copied, so the list can be freed.
+        batch_size: rows of a micro-batch.
+        gradient_accumulation_steps: micro-batches of a step.
+        context_length: with packing the length of every row, without it the longest allowed.
+        packing: several examples a row, or one.
+        rank, world_size: which share of each step to return.
+        seed, shuffle: shuffle=False keeps the order of examples.
+        pad_token_id: token at positions without an example.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        *,
+        batch_size: int,
+        gradient_accumulation_steps: int,
+        context_length: int,
+        packing: bool,
+        rank: int,
+        world_size: int,
+        seed: int,
+        shuffle: bool,
+        pad_token_id: int,
+    ) -> None:
+        assert 0 <= rank < world_size, f"rank {rank} of {world_size}"
+        self.batch_size = batch_size
+        self.gradient_accumulation_steps = gradient_accumulation_steps
+        self.context_length = context_length
+        self.packing = packing
+        self.rank = rank
+        self.world_size = world_size
+        self.seed = seed
+        self.shuffle = shuffle
+        self.pad_token_id = pad_token_id
+        self._lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
+        assert all(0 < length <= context_length for length in self._lengths), "examples must fit the context"
+        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
+        self._input_ids = np.empty(self._starts[-1], dtype=np.int32)
+        self._targets = np.full(self._starts[-1], IGNORE, dtype=np.int32)
+        for start, end, example in zip(self._starts[:-1], self._starts[1:], examples, strict=True):
+            self._input_ids[start:end] = example.input_ids
+            self._targets[start : end - 1] = example.labels[1:]
+        self._planned_epoch = -1
+        self._sequences: list[list[int]] = []
+
+    @property
+    def sequences_per_step(self) -> int:
+        """Sequences that one optimizer step takes over all ranks."""
+        return self.batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def num_steps(self, epoch: int) -> int:
+        """Return the optimizer steps of an epoch; with packing it can differ a little between epochs."""
+        return -(-len(self._plan(epoch)) // self.sequences_per_step)
+
+    def step(self, epoch: int, index: int) -> list[Batch]:
+        """Return this rank's micro-batches of optimizer step `index` (from 0) of an epoch.
+
+        Raises:
+            IndexError: index is not below num_steps(epoch).
+        """
+        if not 0 <= index < self.num_steps(epoch):
+            raise IndexError(f"step {index} of epoch {epoch}, which has {self.num_steps(epoch)} steps")
+        sequences = self._plan(epoch)
+        batches = []
+        for micro in range(self.gradient_accumulation_steps):
+            global_micro = index * self.gradient_accumulation_steps + micro
+            first = (global_micro * self.world_size + self.rank) * self.batch_size
+            rows = sequences[first : first + self.batch_size]
+            batches.append(self._collate(rows + [[]] * (self.batch_size - len(rows))))
+        return batches
+
+    def stats(self, epoch: int = 0) -> LoaderStats:
+        """Return what an epoch holds, for the lines printed at the start."""
+        sequences = self._plan(epoch)
+        lengths = [int(self._lengths[sequence].sum()) for sequence in sequences]
+        if self.packing:
+            efficiency = packing_efficiency(lengths, len(sequences), self.context_length)
+        else:
+            groups = [lengths[i : i + self.batch_size] for i in range(0, len(lengths), self.batch_size)]
+            padded = sum(len(group) * self._row_length(max(group)) for group in groups)
+            efficiency = sum(lengths) / padded if padded else 1.0
+        return LoaderStats(
+            num_examples=len(self._lengths),
+            num_tokens=len(self._input_ids),
+            num_targets=int((self._targets != IGNORE).sum()),
+            num_sequences=len(sequences),
+            num_steps=self.num_steps(epoch),
+            efficiency=efficiency,
+        )
+
+    def _plan(self, epoch: int) -> list[list[int]]:
+        """Return the epoch's sequences in global order, each a list of examples; the latest epoch is kept."""
+        if epoch != self._planned_epoch:
+            order = np.arange(len(self._lengths))
+            if self.shuffle:
+                order = np.random.default_rng((self.seed, epoch)).permutation(order)
+            groups: list[list[int]] = [[i] for i in range(len(order))]
+            if self.packing:
+                groups = pack(self._lengths[order].tolist(), self.context_length)
+            examples = order.tolist()
+            self._sequences = [[examples[i] for i in group] for group in groups]
+            self._planned_epoch = epoch
+        return self._sequences
+
+    def _row_length(self, longest: int) -> int:
+        """Return T of a micro-batch whose longest row holds `longest` tokens."""
+        if self.packing:
+            return self.context_length
+        rounded = -(-max(longest, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
+        return min(rounded, self.context_length)
+
+    def _collate(self, rows: list[list[int]]) -> Batch:
+        """Build a batch of rows, each a list of examples; an empty one becomes a row of padding."""
+        row_length = self._row_length(max(int(self._lengths[row].sum()) for row in rows))
+        shape = (len(rows), row_length)
+        input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
+        labels = np.full(shape, IGNORE, dtype=np.int64)
+        position_ids = np.empty(shape, dtype=np.int64)
+        lengths: list[int] = []
+        for b, row in enumerate(rows):
+            t = 0
+            for example in row:
+                start, n = int(self._starts[example]), int(self._lengths[example])
+                input_ids[b, t : t + n] = self._input_ids[start : start + n]
+                labels[b, t : t + n] = self._targets[start : start + n]
+                position_ids[b, t : t + n] = np.arange(n)
+                lengths.append(n)
+                t += n
+            if t < row_length:
+                position_ids[b, t:] = np.arange(row_length - t)
+                lengths.append(row_length - t)
+        return Batch(
+            input_ids=torch.from_numpy(input_ids),
+            labels=torch.from_numpy(labels),
+            position_ids=torch.from_numpy(position_ids),
+            cu_seqlens=torch.from_numpy(np.cumsum([0, *lengths], dtype=np.int32)),
+            max_seqlen=max(lengths),
+            num_targets=int((labels != IGNORE).sum()),
+        )

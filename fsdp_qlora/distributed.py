@@ -1,0 +1,140 @@
+"""Ranks, devices and the process group. One process without torchrun is a world of one through the same code."""
+
+from __future__ import annotations
+
+import datetime
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+from fsdp_qlora.errors import FsdpQloraError, TrainingError
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the others.
+
+    Attributes:
+        mesh: 1-D ("shard") where the base is sharded over all ranks, 2-D ("replicate", "shard") otherwise.
+    """
+
+    rank: int
+    world_size: int
+    local_rank: int
+    device: torch.device
+    mesh: DeviceMesh
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+    @property
+    def shard_mesh(self) -> DeviceMesh:
+        return self.mesh["shard"] if self.mesh.ndim == 2 else self.mesh
+
+    @property
+    def num_shards(self) -> int:
+        return self.shard_mesh.size()
+
+    @property
+    def shard(self) -> int:
+        """Which shard of the base this rank holds."""
+        return self.shard_mesh.get_local_rank()
+
+    @property
+    def shard_group(self) -> dist.ProcessGroup:
+        return self.shard_mesh.get_group()
+
+
+def choose_device(local_rank: int) -> torch.device:
+    """Return this rank's device: a GPU of its own where there are enough, a shared one where not, else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", local_rank % torch.cuda.device_count())
+
+
+def _backend(device: torch.device, local_world_size: int) -> str:
+    if device.type == "cpu":
+        return "gloo"
+    if local_world_size > torch.cuda.device_count():
+        return "gloo"  # NCCL refuses two ranks on one GPU
+    return "cpu:gloo,cuda:nccl"
+
+
+@contextmanager
+def process_group(sharding: str, timeout_s: int) -> Iterator[Ranks]:
+    """Join the process group for the length of a `with` block.
+
+    Args:
+        sharding: 'full' shards over all ranks, 'none' replicates the base on each.
+        timeout_s: seconds any collective may wait for the other ranks.
+
+    Raises:
+        TrainingError: the other ranks could not be reached.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    device = choose_device(local_rank)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    store = dist.HashStore() if world_size == 1 else None
+    timeout = datetime.timedelta(seconds=timeout_s)
+    try:
+        dist.init_process_group(
+            _backend(device, local_world_size), store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except (RuntimeError, ValueError) as error:
+        raise TrainingError(
+            f"rank {rank} of {world_size} could not join the others within {timeout_s} s: {error}; start with torchrun,"
+            " and check that every rank was started and can reach MASTER_ADDR:MASTER_PORT"
+        ) from error
+    try:
+        yield Ranks(rank, world_size, local_rank, device, make_mesh(device, world_size, sharding))
+    finally:
+        dist.destroy_process_group()
+
+
+def make_mesh(device: torch.device, world_size: int, sharding: str) -> DeviceMesh:
+    """Return the mesh over which the base is sharded: all ranks ('full') or none ('none': replicas of one shard)."""
+    if sharding == "full":
+        return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
+    return init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("replicate", "shard"))
+
+
+def sum_over_ranks(value: int | float, device: torch.device) -> float:
+    """Return the sum of a number over all ranks (float64: exact for token counts)."""
+    # gloo and NCCL both take tensors of the rank's own device
+    total = torch.tensor(value, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    return float(total.item())
+
+
+@contextmanager
+def agree_on_errors(ranks: Ranks, doing: str) -> Iterator[None]:
+    """Make an error of any rank inside the `with` block an error of every rank, so that none waits for a dead one.
+
+    The block must not contain collectives that a failing rank would skip. The rank that failed raises its own error; the
+    others raise TrainingError with its message.
+    """
+    message = ""
+    failure: FsdpQloraError | None = None
+    try:
+        yield
+    except FsdpQloraError as error:
+        failure, message = error, str(error)
+    messages: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(messages, message)
+    failed = [(rank, text) for rank, text in enumerate(messages) if text]
+    if failure is not None:
+        failure.rank_local = ranks.rank == failed[0][0]
+        raise failure
+    if failed:
+        rank, text = failed[0]
+        raise TrainingError(f"rank {rank} failed while {doing}: {text}")

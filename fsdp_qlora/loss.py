@@ -1,0 +1,66 @@
+"""Cross-entropy over a frozen head, in chunks: full logits never exist and backward needs no head.
+
+The head is frozen, so the only gradient is that of the hidden states. Each chunk's logits are made once, in forward, which
+yields both its loss and its input gradient; backward only scales the latter.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+CHUNK_BYTES = 256 << 20
+"""Memory that one chunk's float32 logits may take."""
+
+IGNORE = -100
+"""Label of positions that are not targets (PyTorch's own convention)."""
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Sum of the token losses; differentiable in the hidden states only."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
+        rows = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+        total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
+        needs_grad = ctx.needs_input_grad[0]
+        grad_TD = torch.empty_like(hidden_TD) if needs_grad else None
+        for start in range(0, hidden_TD.shape[0], rows):
+            chunk, labels = hidden_TD[start : start + rows], labels_T[start : start + rows]
+            logits = F.linear(chunk, head_VD).float()
+            capped = torch.tanh(logits / softcap) if softcap is not None else None
+            scores = logits if capped is None or softcap is None else capped * softcap
+            total += F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
+            if grad_TD is None:
+                continue
+            grad = torch.softmax(scores, dim=-1)
+            targets = labels.clamp(min=0).unsqueeze(1)
+            grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
+            grad *= (labels != IGNORE).unsqueeze(1)
+            if capped is not None:
+                grad *= 1 - capped.square()
+            grad_TD[start : start + rows] = grad.to(chunk.dtype) @ head_VD
+        ctx.save_for_backward(*([grad_TD] if grad_TD is not None else []))
+        return total
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (grad_TD,) = ctx.saved_tensors
+        return grad_TD * grads[0].to(grad_TD.dtype), None, None, None
+
+
+def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+    """Return the sum of the cross-entropies of all targets, float32 scalar.
+
+    Args:
+        hidden: [..., D] final hidden states.
+        head: [V, D] frozen weight of the head.
+        labels: int64 [...], the token predicted from each position; IGNORE where there is none.
+        softcap: logits are replaced by softcap * tanh(logits / softcap) (Gemma 2).
+    """
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    loss: Tensor = ChunkedCrossEntropy.apply(flat, head, labels.reshape(-1), softcap)
+    return loss

@@ -1,0 +1,56 @@
+"""The model families this trainer handles, as data. Adding one: a row here and a case in tests/parity."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fsdp_qlora.errors import ModelError
+
+
+@dataclass(frozen=True)
+class Family:
+    """What the trainer must know of a family beyond what transformers' own definition says.
+
+    Attributes:
+        title: name for the documentation.
+        text_prefixes: how the names of the language model's tensors may begin in a checkpoint that holds more than
+            the language model (images), as pairs (prefix in the checkpoint, prefix in transformers' text-only model).
+        other_prefixes: how the names of tensors begin that the language model does not need.
+    """
+
+    title: str
+    text_prefixes: tuple[tuple[str, str], ...] = ()
+    other_prefixes: tuple[str, ...] = ()
+
+
+GEMMA3_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+
+FAMILIES: dict[str, Family] = {
+    "llama": Family("Llama 2, Llama 3, SmolLM2"),
+    "mistral": Family("Mistral"),
+    "qwen2": Family("Qwen2, Qwen2.5"),
+    "qwen3": Family("Qwen3"),
+    "gemma2": Family("Gemma 2"),
+    "gemma3_text": Family("Gemma 3 (text)"),
+    "gemma3": Family(
+        "Gemma 3 (text part of the image models)",
+        text_prefixes=(
+            ("language_model.model.", "model."),
+            ("model.language_model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        other_prefixes=GEMMA3_VISION,
+    ),
+    "phi3": Family("Phi-3, Phi-3.5, Phi-4"),
+}
+"""Keyed by `model_type` of config.json."""
+
+
+def family_of(model_type: str) -> Family:
+    """Return the family of a config's model_type; ModelError lists what is supported."""
+    if model_type not in FAMILIES:
+        raise ModelError(
+            f"model_type '{model_type}' is not supported; supported are {', '.join(FAMILIES)}"
+            " (a further family is a row in fsdp_qlora/models/families.py)"
+        )
+    return FAMILIES[model_type]

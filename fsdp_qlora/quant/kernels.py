@@ -1,0 +1,83 @@
+"""One Triton kernel: dequantise a flat 4-bit parameter, expanding double-quantised scales on the way.
+
+bitsandbytes needs three launches and a round trip of the scales through memory for the same result. The arithmetic is
+theirs in the same order, with fused multiply-add switched off, so the bytes are equal; `nf4.dequantize_reference` is the
+reference the tests compare with.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
+from fsdp_qlora.quant.nf4 import nested_code, weight_code
+
+BYTES_PER_PROGRAM = 2048
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _dequantize_kernel(
+    codes_ptr,
+    absmax_ptr,
+    nested_ptr,
+    offset_ptr,
+    weight_code_ptr,
+    nested_code_ptr,
+    out_ptr,
+    num_bytes,
+    num_weights,
+    DOUBLE_QUANT: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    NESTED: tl.constexpr,
+    BYTES_PER_PROGRAM: tl.constexpr,
+):  # type: ignore[no-untyped-def]
+    position = tl.program_id(0).to(tl.int64) * BYTES_PER_PROGRAM + tl.arange(0, BYTES_PER_PROGRAM)
+    inside = position < num_bytes
+    byte = tl.load(codes_ptr + position, mask=inside, other=0).to(tl.int32)
+    block = position // BLOCK_BYTES
+    if DOUBLE_QUANT:
+        coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        nested = tl.load(nested_ptr + block // NESTED, mask=inside, other=0.0)
+        scale = tl.load(nested_code_ptr + coded) * nested + tl.load(offset_ptr)
+    else:
+        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
+    high = tl.load(weight_code_ptr + (byte >> 4)) * scale
+    low = tl.load(weight_code_ptr + (byte & 15)) * scale
+    pair = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
+    base = tl.program_id(0).to(tl.int64) * (2 * BYTES_PER_PROGRAM)
+    element = base + tl.arange(0, 2 * BYTES_PER_PROGRAM)
+    tl.store(out_ptr + element, pair, mask=element < num_weights)
+
+
+def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [out, in] in `dtype` from a gathered flat parameter on a CUDA device (1-D, any storage dtype)."""
+    flat = packed.view(torch.uint8)
+    absmax = flat[layout.absmax.start : layout.absmax.stop]
+    if layout.double_quant:
+        nested = flat[layout.nested_absmax.start : layout.nested_absmax.stop].view(torch.float32)
+        offset = flat[layout.offset.start : layout.offset.stop].view(torch.float32)
+    else:
+        absmax = absmax.view(torch.float32)
+        nested = offset = absmax  # not read
+    out = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=packed.device)
+    _dequantize_kernel[(triton.cdiv(layout.codes.size, BYTES_PER_PROGRAM),)](
+        flat,
+        absmax,
+        nested,
+        offset,
+        weight_code(layout.quant_type, packed.device),
+        nested_code(packed.device),
+        out,
+        layout.codes.size,
+        layout.num_weights,
+        DOUBLE_QUANT=layout.double_quant,
+        BLOCK_BYTES=BLOCKSIZE // 2,
+        NESTED=NESTED_BLOCKSIZE,
+        BYTES_PER_PROGRAM=BYTES_PER_PROGRAM,
+        num_warps=8,
+        enable_fp_fusion=False,
+    )
+    return out

@@ -1,0 +1,138 @@
+"""The linear layer that is trained: frozen 4-bit matrix plus LoRA, with its own forward and backward.
+
+    y = x W^T + b + s (x A^T) B^T          W: 4-bit [out, in]    A: [r, in]    B: [out, r]    s = alpha / r
+
+Saved for backward are the input, x A^T and references to the parameters, which FSDP frees and refills; the dequantised W is
+made again in backward and never outlives the operation.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.quant.layout import Layout
+
+
+class LoRALinearFunction(torch.autograd.Function):
+    """Forward and backward of the layer; gradients for the input and the two LoRA matrices, never for the base."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        x_lora: Tensor | None,
+        packed: Tensor,
+        bias: Tensor | None,
+        lora_A: Tensor | None,
+        lora_B: Tensor | None,
+        layout: Layout,
+        scaling: float,
+    ) -> Tensor:
+        x_TI = x.reshape(-1, x.shape[-1])
+        weight_OI = dequantize(packed, layout, x.dtype, "forward")
+        y_TO = F.linear(x_TI, weight_OI, bias)
+        ctx.layout, ctx.scaling, ctx.has_dropout = layout, scaling, x_lora is not None
+        if lora_A is None or lora_B is None:
+            ctx.save_for_backward(packed)
+        else:
+            u_TI = x_TI if x_lora is None else x_lora.reshape(-1, x.shape[-1])
+            a_TR = u_TI @ lora_A.to(x.dtype).t()
+            y_TO = torch.addmm(y_TO, a_TR, lora_B.to(x.dtype).t(), alpha=scaling)
+            ctx.save_for_backward(packed, u_TI, a_TR, lora_A, lora_B)
+        return y_TO.view(*x.shape[:-1], layout.out_features)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (dy,) = grads
+        packed, *saved = ctx.saved_tensors
+        layout: Layout = ctx.layout
+        dy_TO = dy.reshape(-1, layout.out_features)
+        x_shape = (*dy.shape[:-1], layout.in_features)
+        dx_TI = du_TI = dA_RI = dB_OR = None
+        if ctx.needs_input_grad[0]:
+            dx_TI = dy_TO @ dequantize(packed, layout, dy.dtype, "backward")
+        if saved:
+            u_TI, a_TR, lora_A, lora_B = saved
+            g_TR = (dy_TO @ lora_B.to(dy.dtype)) * ctx.scaling
+            dA_RI = (g_TR.t() @ u_TI).to(lora_A.dtype)
+            dB_OR = (dy_TO.t() @ a_TR).to(lora_B.dtype) * ctx.scaling
+            if ctx.has_dropout and ctx.needs_input_grad[1]:
+                du_TI = g_TR @ lora_A.to(dy.dtype)
+            elif dx_TI is not None and not ctx.has_dropout:
+                dx_TI = torch.addmm(dx_TI, g_TR, lora_A.to(dy.dtype))
+        dx = None if dx_TI is None else dx_TI.view(x_shape)
+        du = None if du_TI is None else du_TI.view(x_shape)
+        return dx, du, None, None, dA_RI, dB_OR, None, None
+
+
+class LoRALinear(nn.Module):
+    """Frozen 4-bit linear layer with an optional LoRA branch.
+
+    Parameters: `packed` (flat 4-bit parameter, frozen), `bias` (frozen, optional), `lora_A` [r, in] and `lora_B` [out, r]
+    in float32 (trained; absent with rank 0).
+
+    Args:
+        name: name of the layer in the model it replaces, such as model.layers.0.self_attn.q_proj.
+        layout: byte layout of the 4-bit matrix.
+        bias: whether the layer has a bias [out].
+        dtype: dtype of the computation and of the bias.
+        rank: LoRA rank r; 0 for no LoRA branch.
+        scaling: factor s of the LoRA branch.
+        dropout: probability with which elements of the LoRA branch's input are zeroed in training.
+    """
+
+    packed: nn.Parameter
+    bias: nn.Parameter | None
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+
+    def __init__(
+        self,
+        name: str,
+        layout: Layout,
+        *,
+        bias: bool,
+        dtype: torch.dtype,
+        rank: int = 0,
+        scaling: float = 1.0,
+        dropout: float = 0.0,
+        device: torch.device | str = "meta",
+    ) -> None:
+        super().__init__()
+        self.name, self.layout, self.scaling = name, layout, scaling
+        self.in_features, self.out_features = layout.in_features, layout.out_features
+        packed = torch.empty(layout.numel, dtype=layout.storage_dtype, device=device)
+        self.packed = nn.Parameter(packed, requires_grad=False)
+        empty_bias = torch.empty(layout.out_features, dtype=dtype, device=device) if bias else None
+        self.bias = nn.Parameter(empty_bias, requires_grad=False) if empty_bias is not None else None
+        self.lora_A = self.lora_B = None
+        if rank > 0:
+            self.lora_A = nn.Parameter(torch.empty(rank, layout.in_features, dtype=torch.float32, device=device))
+            self.lora_B = nn.Parameter(torch.empty(layout.out_features, rank, dtype=torch.float32, device=device))
+        self.dropout = dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map x [..., in] to [..., out] in the dtype of x."""
+        x_lora = None
+        if self.dropout > 0 and self.training and self.lora_A is not None:
+            x_lora = F.dropout(x, self.dropout)
+        y: Tensor = LoRALinearFunction.apply(
+            x, x_lora, self.packed, self.bias, self.lora_A, self.lora_B, self.layout, self.scaling
+        )
+        return y
+
+    def extra_repr(self) -> str:
+        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
+        return f"{self.in_features} -> {self.out_features}, {self.layout.quant_type}, rank {rank}"
+
+
+def initial_lora_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
+    """Return PEFT's initial lora_A [rank, in], fp32: Kaiming-uniform with a = sqrt(5); lora_B starts at zero."""
+    weight = torch.empty(rank, in_features, dtype=torch.float32)
+    return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)

@@ -1,0 +1,111 @@
+"""Quantise with bitsandbytes, one run of blocks at a time, into the bytes of a flat 4-bit parameter.
+
+Blocks of 64 weights are quantised independently of each other, so any run of whole blocks gives the bytes that
+`bitsandbytes.functional.quantize_4bit` gives for the whole matrix. Only double quantisation looks at the whole matrix: it
+subtracts the mean of all scales. Hence two steps: `quantize_blocks` on any run, `pack_statistics` on all scales.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import bitsandbytes.functional as bnb
+import torch
+from torch import Tensor
+
+from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
+
+
+@functools.cache
+def nested_code(device: torch.device) -> Tensor:
+    """Return bitsandbytes' 8-bit dynamic map [256] fp32, the values that double-quantised scales are coded in."""
+    return bnb.create_dynamic_map().to(device=device, dtype=torch.float32)
+
+
+@functools.cache
+def weight_code(quant_type: str, device: torch.device) -> Tensor:
+    """Return the 16 values [16] fp32 that the 4-bit codes stand for."""
+    code: Tensor = bnb.get_4bit_type(quant_type, device=device)
+    return code
+
+
+def quantize_blocks(weights: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
+    """Quantise a run of whole blocks.
+
+    Args:
+        weights: 1-D bf16, fp16 or fp32; starts at a multiple of 64 weights of its matrix, and only the run that ends the
+            matrix may end inside a block.
+        quant_type: 'nf4' or 'fp4'.
+
+    Returns:
+        Codes, uint8 [ceil(numel / 2)], first weight in the high half of a byte; scales, fp32 [ceil(numel / 64)].
+
+    Source: bitsandbytes.functional.quantize_4bit, whose bytes these are.
+    """
+    codes, state = bnb.quantize_4bit(weights, blocksize=BLOCKSIZE, quant_type=quant_type)
+    return codes.view(-1), state.absmax
+
+
+def pack_statistics(absmax: Tensor, layout: Layout) -> Tensor:
+    """Return the bytes of the statistics sections.
+
+    Args:
+        absmax: all scales of the matrix, fp32 [num_blocks].
+        layout: the matrix's layout.
+
+    Returns:
+        uint8 [num_bytes - absmax.start]: what stands in the flat parameter from the absmax section to its end.
+    """
+    base = layout.absmax.start
+    tail = torch.zeros(layout.num_bytes - base, dtype=torch.uint8, device=absmax.device)
+    if not layout.double_quant:
+        tail[: layout.absmax.size] = absmax.view(torch.uint8)
+        return tail
+    offset = absmax.mean()
+    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    for section, values in (
+        (layout.absmax, codes),
+        (layout.nested_absmax, state.absmax),
+        (layout.offset, offset.reshape(1)),
+    ):
+        tail[section.start - base : section.stop - base] = values.view(torch.uint8)
+    return tail
+
+
+def quantize_matrix(weight: Tensor, layout: Layout) -> Tensor:
+    """Return a whole matrix [out, in] as the bytes of its flat parameter, uint8 [num_bytes]."""
+    codes, absmax = quantize_blocks(weight.reshape(-1), layout.quant_type)
+    flat = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=weight.device)
+    flat[: layout.codes.stop] = codes
+    flat[layout.absmax.start :] = pack_statistics(absmax, layout)
+    return flat
+
+
+def scales(packed: Tensor, layout: Layout) -> Tensor:
+    """Return the scale of each block, fp32 [num_blocks], from the bytes of a gathered flat parameter.
+
+    Args:
+        packed: uint8 [>= num_bytes].
+    """
+    absmax = packed[layout.absmax.start : layout.absmax.stop]
+    if not layout.double_quant:
+        return absmax.view(torch.float32)
+    nested = packed[layout.nested_absmax.start : layout.nested_absmax.stop].view(torch.float32)
+    offset = packed[layout.offset.start : layout.offset.stop].view(torch.float32)
+    code = nested_code(packed.device)
+    values = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested, code, NESTED_BLOCKSIZE, torch.float32)
+    return values + offset
+
+
+def dequantize_reference(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+    """Return the matrix [out, in] in `dtype` by bitsandbytes' own operators, on any device.
+
+    Args:
+        packed: gathered flat parameter, any storage dtype, 1-D.
+    """
+    flat = packed.view(torch.uint8)
+    codes = flat[: layout.codes.stop].view(-1, 1)
+    shape = (layout.out_features, layout.in_features)
+    return torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales(flat, layout), BLOCKSIZE, layout.quant_type, shape, dtype
+    )

@@ -1,0 +1,225 @@
+"""Load a checkpoint into the shards of this rank, layer by layer: read the rows whose bytes it will own, quantise, store.
+
+No rank ever holds more than its own shards and one matrix.
+"""
+
+from __future__ import annotations
+
+import time
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fsdp_qlora.distributed import Ranks, agree_on_errors
+from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
+from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
+from fsdp_qlora.quant.nf4 import pack_statistics, quantize_blocks
+from fsdp_qlora.weights.fingerprint import fingerprint
+from fsdp_qlora.weights.reader import Reader
+from fsdp_qlora.weights.source import check_quantized, check_shape, is_quantized, require_finite
+
+BLOCK_BYTES = BLOCKSIZE // 2
+
+
+@dataclass
+class LoadReport:
+    """What loading did on this rank.
+
+    Attributes:
+        fingerprints: checksum of each 4-bit matrix's bytes over all shards, by the layer's name.
+    """
+
+    bytes_read: int = 0
+    seconds: float = 0.0
+    fingerprints: dict[str, int] = field(default_factory=dict)
+
+
+class Loader:
+    """Fills the parameters of a model on the meta device, sharded by FSDP or whole.
+
+    Args:
+        reader: the checkpoint, by the model's own names.
+        ranks: whose shard to load.
+        names: name in the model of each module that owns parameters.
+        allocate: returns the CPU or device memory that a module's parameter is to live in: (module, shape, dtype).
+        seed: seed of LoRA's initial values, the same at every world size.
+        adapter: values of the LoRA matrices by '<layer name>.lora_A' / '.lora_B', instead of initial ones.
+    """
+
+    def __init__(
+        self,
+        reader: Reader,
+        ranks: Ranks,
+        names: Mapping[nn.Module, str],
+        allocate: Callable[[nn.Module, torch.Size, torch.dtype], Tensor],
+        seed: int,
+        adapter: Mapping[str, Tensor] | None = None,
+    ) -> None:
+        self.reader, self.ranks, self.names, self.allocate = reader, ranks, names, allocate
+        self.seed, self.adapter = seed, adapter
+        self._fingerprints: dict[str, Tensor] = {}
+        self._filled: dict[int, nn.Parameter] = {}
+
+    def load(self, units: list[nn.Module], progress: Callable[[int, int], None] | None = None) -> LoadReport:
+        """Fill the parameters of the units (decoder blocks, embedding, ...), one after the other.
+
+        Raises:
+            WeightsError, on every rank, if any rank finds a damaged tensor or cannot read one.
+        """
+        started = time.monotonic()
+        for done, unit in enumerate(units):
+            with agree_on_errors(self.ranks, "loading weights"):
+                self._load_unit(unit)
+            if progress is not None:
+                progress(done + 1, len(units))
+        return LoadReport(self.reader.bytes_read, time.monotonic() - started, self._sum_fingerprints())
+
+    def _load_unit(self, unit: nn.Module) -> None:
+        failure: WeightsError | None = None
+        for module in unit.modules():
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                if not parameter.is_meta:
+                    continue
+                try:
+                    self._load_parameter(module, name, parameter)
+                except WeightsError as error:
+                    # go on: the other ranks wait for this one in the exchange of scales of every matrix
+                    failure = failure or error
+        if failure is not None:
+            raise failure
+
+    def _load_parameter(self, module: nn.Module, name: str, parameter: nn.Parameter) -> None:
+        if id(parameter) in self._filled:  # tied weights
+            setattr(module, name, self._filled[id(parameter)])
+            return
+        local_shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
+        target = self.allocate(module, local_shape, parameter.dtype)
+        if isinstance(module, LoRALinear) and name == "packed":
+            self._load_packed(module, target.view(torch.uint8))
+        elif isinstance(module, LoRALinear) and name.startswith("lora_"):
+            self._load_lora(module, name, target)
+        else:
+            self._load_rows(f"{self.names[module]}.{name}", tuple(parameter.shape), target)
+        if isinstance(parameter, DTensor):
+            filled = torch.empty_like(parameter, device=target.device)
+            filled._local_tensor = target
+        else:
+            filled = target
+        self._filled[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)
+        setattr(module, name, self._filled[id(parameter)])
+
+    def _rows(self, num_rows: int) -> tuple[int, int]:
+        """Return the rows of this rank under FSDP's sharding of the first dimension."""
+        per_rank = -(-num_rows // self.ranks.num_shards)
+        start = min(self.ranks.shard * per_rank, num_rows)
+        return start, min(start + per_rank, num_rows)
+
+    def _load_rows(self, name: str, shape: tuple[int, ...], target: Tensor) -> None:
+        check_shape(self.reader, name, shape)
+        start, stop = self._rows(shape[0])
+        row_size = target[:1].numel() if target.numel() else 0
+        values = self.reader.read(name, start * row_size, stop * row_size)
+        require_finite(values, self.reader, name)
+        target.copy_(values.view(target.shape))
+
+    def _load_lora(self, module: LoRALinear, name: str, target: Tensor) -> None:
+        key = f"{module.name}.{name}"
+        if self.adapter is not None:
+            full = self.adapter[key]
+        elif name == "lora_A":
+            assert module.lora_A is not None
+            rank = module.lora_A.shape[0]
+            generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(key.encode()))
+            full = initial_lora_A(rank, module.in_features, generator)
+        else:
+            target.zero_()
+            return
+        start, stop = self._rows(full.shape[0])
+        target.copy_(full[start:stop])
+
+    def _load_packed(self, module: LoRALinear, target: Tensor) -> None:
+        """Fill uint8 [shard_bytes] with this rank's bytes of the flat parameter."""
+        name, layout = f"{module.name}.weight", module.layout
+        shard = layout.shard_range(self.ranks.shard)
+        flat = torch.zeros(layout.shard_bytes, dtype=torch.uint8, device=self.ranks.device)
+        if is_quantized(self.reader.tensors, name):
+            self._copy_quantized(name, layout, shard.start, flat)
+        else:
+            self._quantize(name, layout, shard.start, flat)
+        self._fingerprints[module.name] = fingerprint(flat, shard.start)
+        target.copy_(flat)
+
+    def _copy_quantized(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
+        state = check_quantized(self.reader, name, layout)
+        sections = [(layout.codes, name), (layout.absmax, name + ".absmax")]
+        if layout.double_quant:
+            sections.append((layout.nested_absmax, name + ".nested_absmax"))
+        for section, tensor in sections:
+            begin, end = max(start, section.start), min(start + flat.numel(), section.stop)
+            if begin < end:
+                piece = self.reader.read_bytes(tensor, begin - section.start, end - section.start)
+                flat[begin - start : end - start] = piece.to(flat.device)
+        if layout.double_quant:
+            offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
+            _place(flat, start, layout.offset.start, offset.view(torch.uint8))
+
+    def _quantize(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
+        failure: WeightsError | None = None
+        begin, end = min(start, layout.codes.stop), min(start + flat.numel(), layout.codes.stop)
+        first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
+        count = min(last * BLOCKSIZE, layout.num_weights) - first * BLOCKSIZE if begin < end else 0
+        absmax = torch.zeros(max(last - first, 0), dtype=torch.float32, device=flat.device)
+        if count > 0:
+            try:
+                check_shape(self.reader, name, (layout.out_features, layout.in_features))
+                weights = self.reader.read(name, first * BLOCKSIZE, first * BLOCKSIZE + count).to(flat.device)
+                require_finite(weights, self.reader, name)
+                codes, absmax = quantize_blocks(weights, layout.quant_type)
+                _place(flat, start, first * BLOCK_BYTES, codes)
+            except WeightsError as error:
+                failure = error
+        absmax = self._exchange_absmax(absmax, first, layout)
+        _place(flat, start, layout.absmax.start, pack_statistics(absmax, layout))
+        if failure is not None:
+            raise failure
+
+    def _exchange_absmax(self, absmax: Tensor, first: int, layout: Layout) -> Tensor:
+        """Return the scales of all blocks [num_blocks], from each rank's run that begins at block `first`."""
+        if layout.num_shards == 1:
+            return absmax
+        # a block that straddles two shards belongs to the one that holds its first byte
+        owned = [-(-min(layout.shard_range(s).start, layout.codes.stop) // BLOCK_BYTES) for s in range(layout.num_shards)]
+        owned.append(layout.num_blocks)
+        owned = [min(block, layout.num_blocks) for block in owned]
+        shard = self.ranks.shard
+        longest = max(after - before for before, after in zip(owned, owned[1:], strict=False))
+        mine = torch.zeros(longest, dtype=torch.float32, device=absmax.device)
+        own = absmax[owned[shard] - first : owned[shard + 1] - first]
+        mine[: own.numel()] = own
+        gathered = torch.empty(layout.num_shards * longest, dtype=torch.float32, device=absmax.device)
+        dist.all_gather_into_tensor(gathered, mine, group=self.ranks.shard_group)
+        pieces = [
+            gathered[s * longest : s * longest + owned[s + 1] - owned[s]] for s in range(layout.num_shards)
+        ]
+        return torch.cat(pieces)
+
+    def _sum_fingerprints(self) -> dict[str, int]:
+        if not self._fingerprints:
+            return {}
+        total = torch.stack(list(self._fingerprints.values()))
+        if self.ranks.num_shards > 1:
+            dist.all_reduce(total, group=self.ranks.shard_group)
+        return dict(zip(self._fingerprints, total.tolist(), strict=True))
+
+
+def _place(flat: Tensor, start: int, position: int, data: Tensor) -> None:
+    """Write the part of `data` (which belongs at byte `position`) that falls into flat, whose first byte is `start`."""
+    begin, end = max(start, position), min(start + flat.numel(), position + data.numel())
+    if begin < end:
+        flat[begin - start : end - start] = data[begin - position : end - position]

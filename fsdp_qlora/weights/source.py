@@ -1,0 +1,140 @@
+"""Which checkpoint tensors feed which parameters of the model, in 16 or 32 bits or already quantised."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.models.families import Family
+from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
+from fsdp_qlora.quant.nf4 import nested_code
+from fsdp_qlora.weights.index import TensorEntry
+from fsdp_qlora.weights.reader import Reader
+
+STATE_KEY = ".quant_state.bitsandbytes__"
+STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
+
+
+def model_names(tensors: Mapping[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
+    """Return the checkpoint's tensors by their names in transformers' text model; drops what that does not need."""
+    named = {}
+    for name, entry in tensors.items():
+        if name.startswith(family.other_prefixes) or name.endswith("rotary_emb.inv_freq"):
+            continue
+        for prefix, replacement in family.text_prefixes:
+            if name.startswith(prefix):
+                name = replacement + name.removeprefix(prefix)
+                break
+        named[name] = entry
+    return named
+
+
+def is_quantized(tensors: Mapping[str, TensorEntry], name: str) -> bool:
+    """Return whether the checkpoint holds the matrix `name` ('....weight') in bitsandbytes' 4-bit form."""
+    return name + ".absmax" in tensors
+
+
+@dataclass(frozen=True)
+class QuantState:
+    """What bitsandbytes writes beside a quantised matrix."""
+
+    quant_type: str
+    double_quant: bool
+    shape: tuple[int, ...]
+    offset: float
+
+
+def read_quant_state(reader: Reader, name: str) -> QuantState:
+    """Read and check the description of a quantised matrix; WeightsError if it is of a form not supported."""
+    kinds = [kind for kind in ("nf4", "fp4") if name + STATE_KEY + kind in reader.tensors]
+    if not kinds:
+        raise WeightsError(f"{reader.entry(name).file}: '{name}' has scales but no {STATE_KEY}nf4 or fp4 entry")
+    entry = reader.entry(name + STATE_KEY + kinds[0])
+    try:
+        state: dict[str, Any] = json.loads(bytes(reader.read(entry_name(name, kinds[0])).tolist()))
+        shape = tuple(int(size) for size in state["shape"])
+        found = (int(state["blocksize"]), int(state.get("nested_blocksize", NESTED_BLOCKSIZE)))
+        offset = float(state.get("nested_offset", 0.0))
+    except (ValueError, KeyError, TypeError) as error:
+        raise WeightsError(f"{entry.file}: '{entry.name}' is unreadable ({error}); download the file again") from error
+    if found != (BLOCKSIZE, NESTED_BLOCKSIZE):
+        raise WeightsError(
+            f"{entry.file}: '{name}' uses block sizes {found}; only {BLOCKSIZE} and {NESTED_BLOCKSIZE} are supported:"
+            " quantise from the 16-bit model instead"
+        )
+    return QuantState(kinds[0], name + ".nested_absmax" in reader.tensors, shape, offset)
+
+
+def entry_name(name: str, kind: str) -> str:
+    """Return the name of the tensor that describes a quantised matrix."""
+    return name + STATE_KEY + kind
+
+
+def detect_quantization(reader: Reader, matrices: Iterable[str], wanted: QuantSettings) -> QuantSettings:
+    """Return the form to hold the base in: a quantised checkpoint's own, else what is wanted."""
+    for name in matrices:
+        if is_quantized(reader.tensors, name):
+            state = read_quant_state(reader, name)
+            return replace(wanted, quant_type=state.quant_type, double_quant=state.double_quant)
+    return wanted
+
+
+def check_quantized(reader: Reader, name: str, layout: Layout) -> QuantState:
+    """Return a quantised matrix's description after checking that it is the one `layout` expects."""
+    state = read_quant_state(reader, name)
+    entry = reader.entry(name)
+    expected = ((layout.out_features, layout.in_features), layout.quant_type, layout.double_quant)
+    if (state.shape, state.quant_type, state.double_quant) != expected:
+        raise WeightsError(
+            f"{entry.file}: '{name}' is {state.quant_type} {list(state.shape)}, double quantisation {state.double_quant};"
+            f" expected {layout.quant_type} {list(expected[0])}, {layout.double_quant}"
+        )
+    sizes = [(name, layout.codes.size), (name + ".absmax", layout.absmax.size)]
+    if layout.double_quant:
+        sizes.append((name + ".nested_absmax", layout.nested_absmax.size))
+        code = reader.read(name + ".nested_quant_map")
+        if not code.equal(nested_code(code.device)):
+            raise WeightsError(f"{entry.file}: '{name}' uses an unknown map for its scales; quantise it again")
+    for part, size in sizes:
+        if reader.entry(part).size_bytes != size:
+            raise WeightsError(f"{entry.file}: '{part}' has {reader.entry(part).size_bytes} bytes instead of {size}")
+    return state
+
+
+def check_shape(reader: Reader, name: str, shape: tuple[int, ...]) -> None:
+    """Raise WeightsError unless the checkpoint's tensor is a float one of the expected shape."""
+    entry = reader.entry(name)
+    if entry.shape != shape:
+        raise WeightsError(f"{entry.file}: '{name}' has shape {list(entry.shape)}; the model expects {list(shape)}")
+    if not entry.dtype.is_floating_point:
+        raise WeightsError(f"{entry.file}: '{name}' has dtype {entry.dtype}; expected bfloat16, float16 or float32")
+
+
+def check_complete(tensors: Mapping[str, TensorEntry], expected: set[str], tied: bool) -> None:
+    """Raise WeightsError if the checkpoint lacks a tensor of the model or holds one the model does not know."""
+    folder = next(iter(tensors.values())).file.parent if tensors else "the checkpoint"
+    missing = sorted(expected - set(tensors))
+    if missing:
+        raise WeightsError(
+            f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all); finish or repeat the download"
+        )
+    for name, entry in tensors.items():
+        matrix = name.split(STATE_KEY)[0]
+        for suffix in STATISTICS:
+            matrix = matrix.removesuffix(suffix)
+        if matrix not in expected and not (tied and name == "lm_head.weight"):
+            raise WeightsError(
+                f"{entry.file}: tensor '{name}' is not part of this model; config.json and weights do not belong together"
+            )
+
+
+def require_finite(values: Tensor, reader: Reader, name: str) -> None:
+    """Raise WeightsError if any value is NaN or infinite."""
+    if not bool(values.isfinite().all()):
+        raise WeightsError(f"{reader.entry(name).file}: '{name}' holds NaN or infinite values; download the file again")
