@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         _dispatch(arguments)
     except FsdpQloraError as error:
         # Errors that all ranks share are printed once; those of one rank are printed by that rank.
-        if os.environ.get("RANK", "0") == "0" or getattr(error, "rank_local", False):
+        if os.environ.get("RANK", "0") == "0" or error.rank_local:
             print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
@@ -67,25 +67,30 @@ def _dispatch(arguments: list[str]) -> None:
     if name not in commands:
         hint = suggest(name, list(commands), f"commands are {', '.join(commands)}")
         raise ConfigError(f"{name}: unknown command; {hint}")
+    command = commands[name]
     if any(argument in _HELP for argument in rest):
-        print(command_help(commands[name]))
+        print(command_help(command))
         return
-    fire.Fire(_component(commands[name]), command=_complete(commands[name], rest), name=f"fsdp-qlora {name}")
+    flags, problems = _flags(command, rest)
+    fire.Fire(_component(command, problems), command=flags, name=f"fsdp-qlora {name}")
 
 
-def _component(command: Command) -> object:
-    """Make the function that fire calls: all flags arrive as raw strings, to be typed by the settings' own types."""
+def _component(command: Command, problems: list[str]) -> object:
+    """Make the function that fire calls; every value arrives as a raw string, to be read by its setting's type."""
 
-    def run(*positional: str, config: str | None = None, **overrides: str) -> None:
-        leftover = [f"{word!r}: belongs to no --name; write --name value" for word in positional]
-        _run(command, overrides, config, leftover)
+    def run(config: str | None = None, **overrides: str) -> None:
+        _run(command, overrides, config, problems)
 
     return SetParseFn(str)(run)
 
 
 def _run(command: Command, overrides: dict[str, str], config_file: str | None, problems: list[str]) -> None:
+    """Check everything, report all problems at once, then run the command.
+
+    fire rejects unknown flags only after it has called the function, so they are caught here.
+    """
     try:
-        settings = config.parse(overrides, config_file, command.settings)
+        settings: object = config.parse(overrides, config_file, command.settings)
     except ConfigError as error:
         raise ConfigError("\n".join([*problems, str(error)])) from error
     if problems:
@@ -98,26 +103,69 @@ def _run(command: Command, overrides: dict[str, str], config_file: str | None, p
         raise
 
 
-def _complete(command: Command, arguments: Sequence[str]) -> list[str]:
-    """Give every flag its value, so that fire guesses nothing: --flag is true, --noflag is false.
+def _flags(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Write every flag as --name=value, so that fire guesses nothing; return the flags and the problems found.
 
-    Raises:
-        ConfigError: a flag that needs a value has none.
+    A boolean --flag without value is true, --noflag is false.
     """
     kinds: dict[str, type] = {setting.name: setting.kind for setting in describe(command.settings)}
-    complete, problems = [], []
-    for argument, following in zip(arguments, [*arguments[1:], "--"], strict=True):
+    flags, problems = [], []
+    rest = list(arguments)
+    while rest:
+        argument = rest.pop(0)
         name = argument[2:].replace("-", "_")
-        if not argument.startswith("--") or "=" in argument or not following.startswith("--"):
-            complete.append(argument)
+        if not argument.startswith("--") or not name:
+            problems.append(f"{argument!r} belongs to no setting; write --name value")
+        elif "=" in argument:
+            flags.append(argument)
+        elif rest and not rest[0].startswith("--"):
+            flags.append(f"{argument}={rest.pop(0)}")
         elif kinds.get(name) is bool:
-            complete.append(f"{argument}=true")
-        elif name not in kinds and name.startswith("no") and kinds.get(name[2:]) is bool:
-            complete.append(f"--{name[2:]}=false")
+            flags.append(f"{argument}=true")
+        elif name not in kinds and name.startswith("no") and kinds.get(name[2:].lstrip("_")) is bool:
+            flags.append(f"--{name[2:].lstrip('_')}=false")
         elif name in kinds or name == "config":
             problems.append(f"{argument} has no value; write {argument} value")
         else:
-            complete.append(f"{argument}=")
-    if problems:
-        raise ConfigError("\n".join(problems))
-    return complete
+            flags.append(f"{argument}=")  # unknown: reported with all other unknown names
+    return flags, problems
+
+
+def overview() -> str:
+    """Return the help of the program: its commands."""
+    width = max(len(command.name) for command in COMMANDS)
+    lines = [f"  {command.name:<{width}}  {command.summary}" for command in COMMANDS]
+    return "\n".join(
+        [
+            "usage: fsdp-qlora COMMAND [--name value ...]",
+            "",
+            *lines,
+            "",
+            "fsdp-qlora COMMAND --help lists a command's settings; fsdp-qlora --version prints the version.",
+        ]
+    )
+
+
+def command_help(command: Command) -> str:
+    """Return the help of one command, wrapped to the terminal: every setting with type, default and documentation."""
+    lines = [f"usage: fsdp-qlora {command.name} [--config FILE] [--name value ...]", "", command.summary, ""]
+    lines += ["  --config FILE", *_wrap("YAML file of 'name: value' lines; settings on the command line win over it.")]
+    section = ""
+    for setting in describe(command.settings):
+        if setting.section != section:
+            section = setting.section
+            lines += ["", section]
+        default = "required" if setting.required else f"default: {show(setting.default)}"
+        lines += [f"  --{setting.name} {_metavar(setting)}  ({default})", *_wrap(setting.doc)]
+    return "\n".join(lines)
+
+
+def _metavar(setting: Setting) -> str:
+    if setting.choices:
+        return "|".join(setting.choices)
+    return {bool: "true|false", int: "N", float: "X", str: "TEXT"}[setting.kind]
+
+
+def _wrap(text: str) -> list[str]:
+    width = max(40, min(120, shutil.get_terminal_size().columns))
+    return textwrap.wrap(text, width, initial_indent=" " * 6, subsequent_indent=" " * 6)

@@ -100,7 +100,7 @@ class TrainConfig:
     """Micro-batches per optimizer step; one step sees batch_size x accumulation x ranks sequences."""
 
     num_epochs: int = 1
-    """Passes over the training data, unless --max_steps ends the run earlier."""
+    """Passes over the training data; --max_steps, if given, decides instead."""
 
     max_steps: int = -1
     """Optimizer steps; -1: as many as num_epochs gives."""
@@ -126,8 +126,8 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """dtype of the computation; LoRA weights, gradients and the optimizer are float32 in both."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs. LoRA, gradients and the optimizer are always float32."""
 
     seed: int = 42
     """Seed of LoRA initialisation, shuffling and dropout."""
@@ -188,8 +188,8 @@ class GenerateConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where to compute; auto: on the GPU if there is one."""
 
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """dtype of the computation."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs."""
 
     debug: bool = False
     """Show Python tracebacks of errors."""

@@ -62,5 +62,5 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softcap:
         softcap: logits are replaced by softcap * tanh(logits / softcap) (Gemma 2).
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss: Tensor = ChunkedCrossEntropy.apply(flat, head, labels.reshape(-1), softcap)
+    loss: Tensor = ChunkedCrossEntropy.apply(flat, head, labels.reshape(-1), softcap)  # type: ignore[no-untyped-call]
     return loss

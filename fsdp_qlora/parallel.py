@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -30,9 +31,7 @@ class CheckpointedBlock(nn.Module):
         """Run the block; arguments and results are the block's own."""
         if not torch.is_grad_enabled():
             return self.block(*args, **kwargs)
-        return checkpoint(
-            self.block, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng_state, **kwargs
-        )
+        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng_state, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Look up what transformers reads off a block (such as its attention type) on the block."""
@@ -52,13 +51,21 @@ class LossModel(nn.Module):
         self.softcap = skeleton.logit_softcap
 
     def forward(
-        self, input_ids: Tensor, labels: Tensor, position_ids: Tensor, cu_seqlens: Tensor, max_seqlen: int
+        self,
+        input_ids: Tensor,
+        position_ids: Tensor,
+        cu_seqlens: Tensor,
+        max_seqlen: int,
+        target_positions: Tensor,
+        target_ids: Tensor,
     ) -> dict[str, Tensor]:
         """Return {'loss': sum of the token losses}, a dict so that FSDP finds the tensor to hook backward on.
 
         Args:
-            input_ids, labels, position_ids: int64 [batch, tokens]; labels already shifted.
+            input_ids, position_ids: int64 [batch, tokens].
             cu_seqlens, max_seqlen: document boundaries, see models/attention.py.
+            target_positions: int64 [targets], positions among the batch * tokens ones that predict a target.
+            target_ids: int64 [targets], the tokens to predict there.
         """
         hidden = self.model.model(
             input_ids=input_ids,
@@ -67,13 +74,16 @@ class LossModel(nn.Module):
             cu_seq_lens_q=cu_seqlens,
             max_length_q=max_seqlen,
         ).last_hidden_state
-        return {"loss": self._loss(hidden, labels)}
+        targets = hidden.flatten(0, 1).index_select(0, target_positions)
+        return {"loss": self._loss(targets, target_ids)}
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         # The head is gathered by hand: through FSDP's hooks it would be gathered once more in backward, for nothing.
         if isinstance(self.vocabulary, FSDPModule):
             self.vocabulary.unshard()
-        loss = chunked_cross_entropy(hidden, self.vocabulary.weight, labels, self.softcap)
+        head = self.vocabulary.weight
+        assert isinstance(head, Tensor)
+        loss = chunked_cross_entropy(hidden, head, labels, self.softcap)
         if isinstance(self.vocabulary, FSDPModule):
             self.vocabulary.reshard()
         return loss
@@ -105,11 +115,13 @@ def parallelize(
     *,
     cpu_offload: bool,
     activation_checkpointing: bool,
+    shard: bool = True,
 ) -> Parallelized:
     """Apply, in this order: quantise -> adapt -> activation checkpointing -> shard. All on the meta device.
 
     Args:
         skeleton: the model; changed in place.
+        shard: hand the parameters to FSDP; without, the model is a plain one (for generation in one process).
         cpu_offload: keep sharded parameters in pinned CPU memory between uses.
         activation_checkpointing: keep only each block's input for backward.
 
@@ -125,6 +137,11 @@ def parallelize(
             blocks[index] = CheckpointedBlock(block, preserve_rng_state=lora is not None and lora.dropout > 0)
     root = LossModel(skeleton)
     units = [skeleton.embedding, *blocks, *([] if skeleton.tied else [skeleton.vocabulary]), root]
+    if not shard:
+        return Parallelized(root, units, names)
+    if skeleton.tied:
+        # FSDP would take the shared weight for a parameter of the root's own; the loss reads it off the embedding
+        skeleton.model.lm_head = nn.Identity()
     for block in blocks:
         _refuse_corrupting_storage(block)
     policy: OffloadPolicy = OffloadPolicy()
@@ -160,7 +177,7 @@ def _configure_fsdp(root: nn.Module, blocks: nn.ModuleList) -> None:
             module.set_gradient_divide_factor(1.0)
             module.set_force_sum_reduction_for_comms(True)
     sharded = [block for block in blocks if isinstance(block, FSDPModule)]
-    for current, following in zip(sharded, sharded[1:], strict=False):
+    for current, following in itertools.pairwise(sharded):
         current.set_modules_to_forward_prefetch([following])
         following.set_modules_to_backward_prefetch([current])
 

@@ -42,5 +42,5 @@ def pack(lengths: Sequence[int], context_length: int) -> list[list[int]]:
 
 
 def packing_efficiency(lengths: Sequence[int], num_sequences: int, context_length: int) -> float:
-    """Return the share of num_sequences x context_length positions that hold a document's token; 1.0 for no sequence."""
+    """Return the share of the sequences' positions that hold a token of a document; 1.0 without sequences."""
     return sum(lengths) / (num_sequences * context_length) if num_sequences else 1.0

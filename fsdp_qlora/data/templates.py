@@ -1,9 +1,9 @@
 """Chat templates: a conversation becomes pieces of text, each known to be a target or not.
 
-Common templates have no `{% generation %}` blocks, and rendering growing prefixes fails where a template treats the last
-turn specially (Qwen3). So the template is rendered once per shape of conversation with a sentinel in the place of every
-content: what stands between the sentinels is the template's own text. Filling in the contents must then give exactly what
-the template gives for the real messages, which is checked for every conversation.
+Common templates have no `{% generation %}` blocks, and rendering growing prefixes fails where a template treats the
+last turn specially (Qwen3). So the template is rendered once per shape of conversation with a sentinel in the place of
+every content: what stands between the sentinels is the template's own text. Filling in the contents must then give
+exactly what the template gives for the real messages, which is checked for every conversation.
 """
 
 from __future__ import annotations
@@ -62,6 +62,9 @@ class Skeleton:
     """A rendered shape: literal text, or the number of the content that goes there, each with its target flag."""
 
     parts: tuple[tuple[str | int, bool], ...]
+    cut: str
+    """What the template writes after the last turn, such as the header of a next one, and is left out."""
+
     append_eos: bool
 
 
@@ -110,7 +113,7 @@ class ChatRenderer:
             Piece(part, True, target) if isinstance(part, str) else Piece(contents[part], False, target)
             for part, target in skeleton.parts
         )
-        if not self._apply(messages).startswith("".join(piece.text for piece in pieces)):
+        if self._apply(messages) != "".join(piece.text for piece in pieces) + skeleton.cut:
             raise DataError("the chat template changes a message's text (is there markup of the template in it?)")
         return Document(pieces, add_special_tokens=False, append_eos=skeleton.append_eos)
 
@@ -118,9 +121,7 @@ class ChatRenderer:
         """Render by the tokenizer's template, with a fixed date."""
         clock: Callable[[str], str] = FIXED_DATE.strftime
         try:
-            rendered = self._tokenizer.apply_chat_template(
-                list(messages), tokenize=False, strftime_now=clock, **kwargs
-            )
+            rendered = self._tokenizer.apply_chat_template(list(messages), tokenize=False, strftime_now=clock, **kwargs)
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
         assert isinstance(rendered, str)
@@ -147,26 +148,28 @@ class ChatRenderer:
     def _build_skeleton(self, shape: Shape) -> Skeleton:
         messages, owners = sentinel_messages(shape)
         fields = SENTINEL.split(self._apply(messages))  # literal, slot, literal, slot, ..., literal
-        slots = [int(number) for number in fields[1::2]]
+        literals, slots = fields[0::2], [int(number) for number in fields[1::2]]
         check_slots(slots, owners, shape)
+        around = [-1, *(owners[slot] for slot in slots), -1]  # the messages before and after each literal
         parts: list[tuple[str | int, bool]] = []
-        append_eos = False
-        for i, literal in enumerate(fields[0::2]):
-            before = owners[slots[i - 1]] if i > 0 else -1
-            after = owners[slots[i]] if i < len(slots) else -1
-            inside_answer = before == after and before >= 0 and shape[before][0] == "assistant"
-            head, tail = len(literal) if inside_answer else 0, len(literal)
-            if not inside_answer and before >= 0 and shape[before][0] == "assistant":
-                head, ends = self._end_of_turn(literal, shape[before][1])
-                if after < 0:
-                    append_eos = not ends
-                    literal = literal if ends and not literal[head:].strip() else literal[:head]
-            if not inside_answer and after >= 0 and shape[after][0] == "assistant":
-                tail = self._start_of_answer(literal, shape[after][1])
+        for i, literal in enumerate(literals[:-1]):
+            before, after = around[i], around[i + 1]
+            is_answer = shape[after][0] == "assistant"
+            head, tail = 0, len(literal)
+            if before == after and is_answer:
+                tail = 0
+            else:
+                if before >= 0 and shape[before][0] == "assistant":
+                    head = self._end_of_turn(literal, shape[before][1])[0]
+                if is_answer:
+                    tail = max(head, self._start_of_answer(literal, shape[after][1]))
             parts += [(literal[:head], True), (literal[head:tail], False), (literal[tail:], True)]
-            if after >= 0:
-                parts.append((slots[i], shape[after][0] == "assistant"))
-        return Skeleton(tuple(part for part in parts if part[0] != ""), append_eos)
+            parts.append((slots[i], is_answer))
+        last = literals[-1]
+        end, has_end_token = self._end_of_turn(last, shape[-1][1])
+        keep = len(last) if has_end_token and not last[end:].strip() else end
+        parts += [(last[:end], True), (last[end:keep], False)]
+        return Skeleton(tuple(part for part in parts if part[0] != ""), last[keep:], not has_end_token)
 
     def _start_of_answer(self, literal: str, form: str) -> int:
         """Return where, in the text before an answer's first words, the model begins to write."""
@@ -216,6 +219,8 @@ def split_contents(messages: Sequence[Message]) -> tuple[Shape, list[str]]:
                 form += part.replace(text, HOLE, 1)
             else:
                 form += part
+        if HOLE not in form:
+            raise DataError(f"message {len(shape) + 1} ({message['role']}) is empty")
         shape.append((message["role"], form))
     return tuple(shape), contents
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -19,6 +20,9 @@ from fsdp_qlora.errors import DataError
 
 IGNORE = -100
 """Label of a position that is not a target."""
+
+Offsets: TypeAlias = list[tuple[int, int]]
+"""Character span [start, end) of each token."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,3 +91,91 @@ class Encoder:
         if document.add_special_tokens and self._adds_bos and bos and document.pieces[0].literal:
             return text.removeprefix(bos)  # the tokenizer adds it: never two
         return text
+
+    def _example(self, document: Document, ids: list[int], offsets: Offsets) -> Example | DataError:
+        pieces = document.pieces
+        if self._contents_hold_control_tokens(pieces, ids, offsets):
+            pieces = tuple(self._rename_control_tokens(piece) for piece in pieces)
+            text = "".join(piece.text for piece in pieces)
+            encoding = self._renamed_tokenizer.encode(text, add_special_tokens=document.add_special_tokens)
+            ids, offsets = encoding.ids, encoding.offsets
+            if self._contents_hold_control_tokens(pieces, ids, offsets):
+                return DataError("holds a control token that this tokenizer cannot encode as plain text; remove it")
+        input_ids = [self._integers[i] for i in ids]  # shared int objects, a quarter of the memory of new ones
+        labels = list(input_ids)
+        if not self._all_targets and not all(piece.target for piece in pieces):
+            targets = tokens_in_spans(offsets, spans_of(pieces, lambda piece: piece.target))
+            labels = [i if target else IGNORE for i, target in zip(input_ids, targets.tolist(), strict=True)]
+        eos = self._tokenizer.eos_token_id
+        if document.append_eos and input_ids[-1:] != [eos]:
+            input_ids.append(eos)
+            labels.append(eos)
+        return Example(input_ids, labels)
+
+    def _contents_hold_control_tokens(self, pieces: Sequence[Piece], ids: list[int], offsets: Offsets) -> bool:
+        is_control = self._is_control[np.array(ids, dtype=np.int64)]
+        if not is_control.any():
+            return False
+        contents = spans_of(pieces, lambda piece: not piece.literal)
+        starts, ends = np.array(offsets, dtype=np.int64)[is_control].T
+        return any(bool(((starts >= a) & (starts < b) & (ends > starts)).any()) for a, b in contents)
+
+    def _rename_control_tokens(self, piece: Piece) -> Piece:
+        if not piece.literal:
+            return piece
+        longest_first = sorted(map(re.escape, self._new_names), key=len, reverse=True)
+        text = re.sub("|".join(longest_first), lambda match: self._new_names[match[0]], piece.text)
+        return replace(piece, text=text)
+
+    @cached_property
+    def _new_names(self) -> dict[str, str]:
+        """New texts for the control tokens, which no content can guess (private-use characters survive normalisers)."""
+        secret = secrets.token_hex(8)
+        return {token: f"\ue000{secret}x{i}\ue001" for i, token in enumerate(sorted(self._control_tokens))}
+
+    @cached_property
+    def _renamed_tokenizer(self) -> tokenizers.Tokenizer:
+        """The same tokenizer with its control tokens renamed, so that their usual texts are plain text to it."""
+        names = self._new_names
+        state = json.loads(self._tokenizer.backend_tokenizer.to_str())
+        for token in state["added_tokens"]:
+            token["content"] = names.get(token["content"], token["content"])
+        model = state["model"]
+        if isinstance(model["vocab"], dict):
+            model["vocab"] = {names.get(text, text): i for text, i in model["vocab"].items()}
+        else:  # unigram: [text, score] by id
+            model["vocab"] = [[names.get(text, text), score] for text, score in model["vocab"]]
+        if model.get("unk_token") is not None:
+            model["unk_token"] = names.get(model["unk_token"], model["unk_token"])
+        if "merges" in model:
+            pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in model["merges"]]
+            model["merges"] = [pair for pair in pairs if names.keys().isdisjoint([*pair, "".join(pair)])]
+        renamed = tokenizers.Tokenizer.from_str(json.dumps(state))
+        renamed.no_truncation()
+        renamed.no_padding()
+        for old, new in names.items():
+            assert renamed.token_to_id(new) == self._tokenizer.convert_tokens_to_ids(old), f"{old!r} changed its id"
+        return renamed
+
+
+def spans_of(pieces: Sequence[Piece], chosen: Callable[[Piece], bool]) -> list[tuple[int, int]]:
+    """Return the character spans [start, end) of the chosen pieces in the text that the pieces make up."""
+    spans = []
+    end = 0
+    for piece in pieces:
+        start, end = end, end + len(piece.text)
+        if chosen(piece):
+            spans.append((start, end))
+    return spans
+
+
+def tokens_in_spans(offsets: Offsets, spans: Sequence[tuple[int, int]]) -> npt.NDArray[np.bool_]:
+    """Return which tokens hold a character of a span."""
+    starts, ends = np.array(offsets, dtype=np.int64).T
+    # Byte-level tokenizers report spaces outside of the token they belong to: a token reaches back to the one before.
+    previous_ends = np.concatenate([[0], np.maximum.accumulate(ends)[:-1]])
+    starts = np.minimum(starts, previous_ends)
+    inside = np.zeros(len(offsets), dtype=bool)
+    for a, b in spans:
+        inside |= (starts < b) & (ends > a)
+    return inside

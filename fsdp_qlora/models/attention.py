@@ -47,7 +47,7 @@ def packed_attention(
     """
     if attention_mask is not None:
         raise AssertionError("packed attention takes documents, not masks")
-    batch, _, tokens, _ = query.shape
+    batch, _heads, tokens, _head_dim = query.shape
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * tokens
     # flattened over the batch: [batch * tokens, heads, head_dim]
@@ -72,7 +72,7 @@ def _flash(
     from torch.nn.attention.varlen import varlen_attn
 
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
-    out: Tensor = varlen_attn(
+    out = varlen_attn(
         q_NHD,
         k_NHD,
         v_NHD,
@@ -84,6 +84,7 @@ def _flash(
         window_size=window,
         enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
     )
+    assert isinstance(out, Tensor)
     return out
 
 
@@ -99,7 +100,7 @@ def _by_document(
 ) -> Tensor:
     """One call a document: on CPU, in float32, and with a soft cap, which FlashAttention lacks."""
     lengths = [length for length in cu_seqlens.diff().tolist() if length > 0]
-    documents = (t.split(lengths) for t in (q_NHD, k_NHD, v_NHD))
+    documents = (torch.split(t, lengths) for t in (q_NHD, k_NHD, v_NHD))
     outputs = []
     for q_THD, k_THD, v_THD in zip(*documents, strict=True):
         q, k, v = (t.transpose(0, 1).unsqueeze(0) for t in (q_THD, k_THD, v_THD))

@@ -23,8 +23,9 @@ _DUPLICATES = ("*/*", "consolidated*")
 def resolve(model: str, revision: str | None = None) -> Path:
     """Return a local folder with config.json, safetensors weights and tokenizer files for a --model value.
 
-    Downloads resume where they were cut off. HF_HOME, HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured; a local
-    folder and the smollm2-135m alias never open a connection.
+    A connection that breaks is taken up again where it broke, and finished files are kept for the next run. HF_HOME,
+    HF_HUB_OFFLINE, HF_ENDPOINT and HF_TOKEN are honoured. A local folder and the smollm2-135m alias never open a
+    connection.
 
     Args:
         model: alias, local folder or hub id (owner/name).
@@ -175,5 +176,5 @@ def _explain(repo: str, revision: str | None, error: BaseException) -> FsdpQlora
     reason = f"HTTP status {status}" if status else type(error).__name__
     return ModelError(
         f"{repo} could not be downloaded from {constants.ENDPOINT} ({reason}); "
-        "check the network, proxy and HF_ENDPOINT, then run again: the download resumes"
+        "check the network, proxy and HF_ENDPOINT, then run again: finished files are kept"
     )

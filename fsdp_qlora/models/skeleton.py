@@ -61,7 +61,9 @@ def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """Return the text configuration of a model folder and its family; ModelError for unsupported ones."""
     raw: dict[str, Any] = PretrainedConfig.get_config_dict(folder, local_files_only=True)[0]
     if "auto_map" in raw:
-        raise ModelError(f"{folder}: config.json asks for custom code (auto_map), which is never run; use a model without")
+        raise ModelError(
+            f"{folder}: config.json asks for custom code (auto_map), which is never run; use a model without"
+        )
     family = family_of(raw.get("model_type", "<none>"))
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     if hasattr(config, "text_config"):

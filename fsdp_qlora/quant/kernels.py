@@ -19,7 +19,7 @@ BYTES_PER_PROGRAM = 2048
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dequantize_kernel(
+def _dequantize_kernel(  # type: ignore[no-untyped-def]
     codes_ptr,
     absmax_ptr,
     nested_ptr,
@@ -33,7 +33,7 @@ def _dequantize_kernel(
     BLOCK_BYTES: tl.constexpr,
     NESTED: tl.constexpr,
     BYTES_PER_PROGRAM: tl.constexpr,
-):  # type: ignore[no-untyped-def]
+):
     position = tl.program_id(0).to(tl.int64) * BYTES_PER_PROGRAM + tl.arange(0, BYTES_PER_PROGRAM)
     inside = position < num_bytes
     byte = tl.load(codes_ptr + position, mask=inside, other=0).to(tl.int32)

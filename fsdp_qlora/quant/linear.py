@@ -122,7 +122,7 @@ class LoRALinear(nn.Module):
         x_lora = None
         if self.dropout > 0 and self.training and self.lora_A is not None:
             x_lora = F.dropout(x, self.dropout)
-        y: Tensor = LoRALinearFunction.apply(
+        y: Tensor = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
             x, x_lora, self.packed, self.bias, self.lora_A, self.lora_B, self.layout, self.scaling
         )
         return y

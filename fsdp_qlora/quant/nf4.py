@@ -19,7 +19,8 @@ from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
 @functools.cache
 def nested_code(device: torch.device) -> Tensor:
     """Return bitsandbytes' 8-bit dynamic map [256] fp32, the values that double-quantised scales are coded in."""
-    return bnb.create_dynamic_map().to(device=device, dtype=torch.float32)
+    code: Tensor = bnb.create_dynamic_map().to(device=device, dtype=torch.float32)
+    return code
 
 
 @functools.cache
@@ -93,7 +94,7 @@ def scales(packed: Tensor, layout: Layout) -> Tensor:
     nested = packed[layout.nested_absmax.start : layout.nested_absmax.stop].view(torch.float32)
     offset = packed[layout.offset.start : layout.offset.stop].view(torch.float32)
     code = nested_code(packed.device)
-    values = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested, code, NESTED_BLOCKSIZE, torch.float32)
+    values: Tensor = torch.ops.bitsandbytes.dequantize_blockwise(absmax, nested, code, NESTED_BLOCKSIZE, torch.float32)
     return values + offset
 
 
@@ -106,6 +107,7 @@ def dequantize_reference(packed: Tensor, layout: Layout, dtype: torch.dtype) -> 
     flat = packed.view(torch.uint8)
     codes = flat[: layout.codes.stop].view(-1, 1)
     shape = (layout.out_features, layout.in_features)
-    return torch.ops.bitsandbytes.dequantize_4bit(
+    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
         codes, scales(flat, layout), BLOCKSIZE, layout.quant_type, shape, dtype
     )
+    return weight

@@ -5,6 +5,7 @@ No rank ever holds more than its own shards and one matrix.
 
 from __future__ import annotations
 
+import itertools
 import time
 import zlib
 from collections.abc import Callable, Mapping
@@ -106,11 +107,11 @@ class Loader:
             self._load_lora(module, name, target)
         else:
             self._load_rows(f"{self.names[module]}.{name}", tuple(parameter.shape), target)
+        filled = target
         if isinstance(parameter, DTensor):
             filled = torch.empty_like(parameter, device=target.device)
+            assert isinstance(filled, DTensor)
             filled._local_tensor = target
-        else:
-            filled = target
         self._filled[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)
         setattr(module, name, self._filled[id(parameter)])
 
@@ -194,20 +195,19 @@ class Loader:
         if layout.num_shards == 1:
             return absmax
         # a block that straddles two shards belongs to the one that holds its first byte
-        owned = [-(-min(layout.shard_range(s).start, layout.codes.stop) // BLOCK_BYTES) for s in range(layout.num_shards)]
+        owned = [
+            -(-min(layout.shard_range(s).start, layout.codes.stop) // BLOCK_BYTES) for s in range(layout.num_shards)
+        ]
         owned.append(layout.num_blocks)
         owned = [min(block, layout.num_blocks) for block in owned]
         shard = self.ranks.shard
-        longest = max(after - before for before, after in zip(owned, owned[1:], strict=False))
+        longest = max(after - before for before, after in itertools.pairwise(owned))
         mine = torch.zeros(longest, dtype=torch.float32, device=absmax.device)
         own = absmax[owned[shard] - first : owned[shard + 1] - first]
         mine[: own.numel()] = own
-        gathered = torch.empty(layout.num_shards * longest, dtype=torch.float32, device=absmax.device)
-        dist.all_gather_into_tensor(gathered, mine, group=self.ranks.shard_group)
-        pieces = [
-            gathered[s * longest : s * longest + owned[s + 1] - owned[s]] for s in range(layout.num_shards)
-        ]
-        return torch.cat(pieces)
+        gathered = [torch.empty_like(mine) for _ in range(layout.num_shards)]
+        dist.all_gather(gathered, mine, group=self.ranks.shard_group)
+        return torch.cat([run[: owned[s + 1] - owned[s]] for s, run in enumerate(gathered)])
 
     def _sum_fingerprints(self) -> dict[str, int]:
         if not self._fingerprints:

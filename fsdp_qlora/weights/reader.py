@@ -67,7 +67,7 @@ class Reader:
     def _fill(self, entry: TensorEntry, position: int, data: Tensor) -> None:
         if entry.file not in self._files:
             self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
-        view = memoryview(data.numpy())
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
         while view:
             count = os.preadv(self._files[entry.file], [view], position)
             if count <= 0:

@@ -1,0 +1,153 @@
+"""Adapters in PEFT's format: gathered from all ranks, checked, written; and read again."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from fsdp_qlora.distributed import Ranks, agree_on_errors
+from fsdp_qlora.errors import CheckpointError
+from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
+from fsdp_qlora.quant.linear import LoRALinear
+
+WEIGHTS_FILE = "adapter_model.safetensors"
+CONFIG_FILE = "adapter_config.json"
+PREFIX = "base_model.model."
+
+
+def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
+    """Return a whole parameter on the CPU; every rank must take part."""
+    value = parameter.detach()
+    if isinstance(value, DTensor):
+        moved = value.to(device)
+        assert isinstance(moved, DTensor)
+        value = moved.full_tensor()
+    return value.cpu()
+
+
+def gather_adapter(root: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+    """Return the LoRA matrices by PEFT's names, float32 on the CPU: lora_A [r, in], lora_B [out, r].
+
+    Raises:
+        CheckpointError: a matrix has not its full shape, or holds NaN.
+    """
+    tensors: dict[str, Tensor] = {}
+    for linear in lora_linears(root):
+        if linear.lora_A is None or linear.lora_B is None:
+            continue
+        rank = linear.lora_A.shape[0]
+        for part, parameter, shape in (
+            ("lora_A", linear.lora_A, (rank, linear.in_features)),
+            ("lora_B", linear.lora_B, (linear.out_features, rank)),
+        ):
+            value = full_tensor(parameter, ranks.device)
+            name = f"{PREFIX}{linear.name}.{part}.weight"
+            if value.shape != shape or not bool(value.isfinite().all()):
+                raise CheckpointError(
+                    f"'{name}' has shape {list(value.shape)} (expected {list(shape)}) or is not finite"
+                )
+            tensors[name] = value.contiguous()
+    return tensors
+
+
+def adapter_config(root: nn.Module, lora: LoraSettings, base_model: str) -> dict[str, Any]:
+    """Return PEFT's LoraConfig for the adapter as a dict."""
+    targets = {linear.name.rpartition(".")[2] for linear in lora_linears(root) if linear.lora_A is not None}
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base_model,
+        "r": lora.rank,
+        "lora_alpha": lora.alpha,
+        "lora_dropout": lora.dropout,
+        "target_modules": sorted(targets),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "use_rslora": False,
+        "use_dora": False,
+        "modules_to_save": None,
+        "inference_mode": True,
+    }
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write a file so that a crash leaves either the old or the new one; mode as the umask says."""
+    partial = path.with_name(path.name + ".partial")
+    with partial.open("wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
+    partial.replace(path)
+
+
+def save_adapter(root: nn.Module, lora: LoraSettings, base_model: str, folder: Path, ranks: Ranks) -> None:
+    """Write the adapter in PEFT's format. Every rank must call this; rank 0 writes.
+
+    Raises:
+        CheckpointError, on every rank: incomplete matrices, or a folder that cannot be written.
+    """
+    tensors = gather_adapter(root, ranks)
+    with agree_on_errors(ranks, "saving the adapter"):
+        if not ranks.is_main:
+            return
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
+            config = json.dumps(adapter_config(root, lora, base_model), indent=2) + "\n"
+            write_file(folder / CONFIG_FILE, config.encode())
+        except OSError as error:
+            raise CheckpointError(
+                f"{folder}: the adapter cannot be written ({error.strerror}); free space or choose another --output_dir"
+            ) from error
+
+
+def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Return an adapter's config and its matrices by '<layer name>.lora_A' / '.lora_B', float32.
+
+    Raises:
+        CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
+    """
+    try:
+        config = json.loads((folder / CONFIG_FILE).read_text())
+        tensors = load_file(folder / WEIGHTS_FILE)
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except FileNotFoundError as error:
+        raise CheckpointError(
+            f"{folder}: no {Path(error.filename or '').name}; --adapter names a PEFT adapter folder"
+        ) from error
+    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
+    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if config.get(key)]
+    if config.get("peft_type") != "LORA" or unsupported or rank < 1 or alpha <= 0:
+        raise CheckpointError(
+            f"{folder}: only plain LoRA adapters are read; this one uses {unsupported or config.get('peft_type')}"
+        )
+    matrices = {name.removeprefix(PREFIX).removesuffix(".weight"): value.float() for name, value in tensors.items()}
+    return config, matrices
+
+
+def check_adapter(matrices: Mapping[str, Tensor], linears: list[LoRALinear]) -> None:
+    """Raise CheckpointError unless the matrices are exactly those of the layers, with their shapes."""
+    expected = {}
+    for linear in linears:
+        for part in ("lora_A", "lora_B"):
+            parameter = getattr(linear, part)
+            if parameter is not None:
+                expected[f"{linear.name}.{part}"] = tuple(parameter.shape)
+    found = {name: tuple(value.shape) for name, value in matrices.items()}
+    for name in sorted(set(expected) | set(found)):
+        if expected.get(name) != found.get(name):
+            raise CheckpointError(
+                f"adapter matrix '{name}' has shape {found.get(name, 'none')}; this base expects"
+                f" {expected.get(name, 'none')}: the adapter belongs to another base model"
+            )

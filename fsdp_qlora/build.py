@@ -1,0 +1,143 @@
+"""From a checkpoint folder to a loaded, sharded and verified model; shared by training and generation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.fsdp import FSDPModule
+
+from fsdp_qlora.adapters import check_adapter
+from fsdp_qlora.distributed import Ranks, agree_on_errors
+from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.models.attention import ATTENTION
+from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
+from fsdp_qlora.parallel import LossModel, device_allocator, parallelize
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears, lora_linears
+from fsdp_qlora.quant.linear import LoRALinear
+from fsdp_qlora.weights.fingerprint import fingerprint
+from fsdp_qlora.weights.index import read_index
+from fsdp_qlora.weights.loader import Loader, LoadReport
+from fsdp_qlora.weights.reader import Reader
+from fsdp_qlora.weights.source import check_complete, detect_quantization, model_names
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass
+class BuiltModel:
+    """A model whose weights are loaded.
+
+    Attributes:
+        root: call it with a batch to get the loss.
+        skeleton: transformers' model inside.
+        report: what loading did.
+        quant: the form in which the base is held.
+    """
+
+    root: LossModel
+    skeleton: Skeleton
+    report: LoadReport
+    quant: QuantSettings
+
+    @property
+    def num_trainable(self) -> int:
+        return sum(parameter.numel() for parameter in self.root.parameters() if parameter.requires_grad)
+
+    @property
+    def fingerprint(self) -> str:
+        """One number for the whole 4-bit base, the same for every world size."""
+        total = sum(value * (2 * position + 1) for position, value in enumerate(self.report.fingerprints.values()))
+        return f"{total % 2**64:016x}"
+
+
+def build_model(
+    folder: Path,
+    ranks: Ranks,
+    quant: QuantSettings,
+    lora: LoraSettings | None,
+    dtype: torch.dtype,
+    *,
+    cpu_offload: bool = False,
+    activation_checkpointing: bool = True,
+    seed: int = 0,
+    adapter: Mapping[str, Tensor] | None = None,
+    progress: Progress | None = None,
+    shard: bool = True,
+    attention: str = ATTENTION,
+) -> BuiltModel:
+    """Build the model of a checkpoint folder and load this rank's shards.
+
+    Args:
+        folder: config.json and safetensors weights, in 16 or 32 bits or quantised by bitsandbytes.
+        quant: wanted form of the base; a quantised checkpoint keeps its own type.
+        lora: the adapters to add.
+        adapter: values for them (adapters.read_adapter); default: PEFT's initial values.
+        progress: called with (units loaded, units in all).
+        shard: hand the parameters to FSDP, as training does.
+        attention: transformers' name of the attention implementation.
+
+    Raises:
+        ModelError: unsupported model, or a LoRA target that matches nothing.
+        WeightsError: damaged, incomplete or foreign weights.
+        CheckpointError: the adapter does not fit the model.
+    """
+    with agree_on_errors(ranks, "checking the model"):
+        skeleton = build_skeleton(folder, dtype, attention)
+        reader = Reader(model_names(read_index(folder), skeleton.family))
+        expected = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
+        check_complete(reader.tensors, expected, skeleton.tied)
+        matrices = [name + ".weight" for name, _ in block_linears(skeleton)]
+        quant = detect_quantization(reader, matrices, quant)
+        parallelized = parallelize(
+            skeleton,
+            ranks,
+            quant,
+            lora,
+            dtype,
+            cpu_offload=cpu_offload,
+            activation_checkpointing=activation_checkpointing,
+            shard=shard,
+        )
+        if adapter is not None:
+            check_adapter(adapter, list(lora_linears(parallelized.root)))
+    allocate = device_allocator(ranks.device, parallelized.offloaded)
+    with reader:
+        loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter)
+        report = loader.load(parallelized.units, progress)
+    for module in skeleton.model.modules():
+        for name, buffer in module.named_buffers(recurse=False):
+            setattr(module, name, buffer.to(ranks.device))
+    return BuiltModel(parallelized.root, skeleton, report, quant)
+
+
+def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
+    """Gather every block as training will and compare its bytes with those that were loaded.
+
+    Raises:
+        WeightsError: on every rank, naming the first layer whose bytes differ on any rank.
+    """
+    wrong: list[str] = []
+    for block in built.skeleton.blocks:
+        assert isinstance(block, FSDPModule)
+        block.unshard()
+        wrong += [linear.name for linear in lora_linears(block) if not _is_intact(linear, built.report.fingerprints)]
+        block.reshard()
+    found: list[list[str]] = [[] for _ in range(ranks.world_size)]
+    dist.all_gather_object(found, wrong)
+    for rank, names in enumerate(found):
+        if names:
+            raise WeightsError(
+                f"'{names[0]}' ({len(names)} layers in all) was loaded correctly but is gathered with other bytes on rank"
+                f" {rank}: training would use wrong weights. Try --quant_storage float32, and report this with your"
+                f" versions of torch and driver; --verify_weights false switches the check off"
+            )
+
+
+def _is_intact(linear: LoRALinear, fingerprints: Mapping[str, int]) -> bool:
+    gathered = linear.packed.view(torch.uint8)
+    return int(fingerprint(gathered).item()) == fingerprints[linear.name]

@@ -1,0 +1,237 @@
+"""Rows of the common dataset forms -> checked conversations or texts. A new form is one function and its table row."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from fsdp_qlora.data.demo import demo_rows
+from fsdp_qlora.data.readers import MAX_ROW_BYTES, json_type, read_raw, too_long
+from fsdp_qlora.data.report import DataReport
+from fsdp_qlora.data.templates import Message
+from fsdp_qlora.errors import DataError
+
+DEMO_DATASET = "demo"
+NUM_DEMO_ROWS = 2000
+
+ROLES = {
+    "system": "system",
+    "user": "user",
+    "human": "user",
+    "assistant": "assistant",
+    "gpt": "assistant",
+}
+"""Names of roles in messages and sharegpt rows."""
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One checked row."""
+
+    where: str
+    """`file:line`, for messages about it."""
+
+    kind: Literal["chat", "completion", "text"]
+
+    messages: tuple[Message, ...] = ()
+    """An optional system message, then user and assistant in turn, ending with assistant; a completion has two."""
+
+    text: str = ""
+    """The text of a kind='text' row."""
+
+
+class Content(NamedTuple):
+    """What a format makes of a row's columns."""
+
+    kind: Literal["chat", "completion", "text"]
+    messages: list[Message]
+    text: str = ""
+
+
+class RowError(Exception):
+    """What is wrong with a row; load_rows adds its place."""
+
+
+def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: int = 0) -> list[Row]:
+    """Read and check a whole dataset.
+
+    Args:
+        dataset: path of a .jsonl, .json, .csv or .parquet file, hub id, or 'demo'.
+        dataset_format: a key of FORMATS, or 'auto' to choose by the columns of the first readable row.
+        report: counts rows and, if it says so, lets malformed ones pass.
+        seed: of the demo questions.
+
+    Raises:
+        DataError: a malformed row that is not to be skipped (`file:line: reason`), an unknown form, no usable row.
+    """
+    if dataset == DEMO_DATASET:
+        demo = demo_rows("train", NUM_DEMO_ROWS, seed)
+        report.num_rows += len(demo)
+        return [Row(f"demo:{i}", "chat", tuple(read_messages(columns).messages)) for i, columns in enumerate(demo, 1)]
+    rows: list[Row] = []
+    num_before = report.num_rows
+    for raw in read_raw(dataset):
+        report.num_rows += 1
+        if raw.problem:
+            report.reject(raw.where, raw.problem)
+            continue
+        if dataset_format == "auto":
+            dataset_format = detect_format(raw.columns, raw.where)
+        try:
+            rows.append(check_row(raw.where, FORMATS[dataset_format](raw.columns)))
+        except RowError as error:
+            report.reject(raw.where, str(error))
+    if report.num_rows == num_before:
+        raise DataError(f"dataset {dataset} is empty; it needs at least one row")
+    if not rows:
+        raise DataError(f"dataset {dataset}: none of its rows is usable, the first: {report.skipped[-1]}")
+    return rows
+
+
+def detect_format(columns: dict[str, object], where: str) -> str:
+    """Return the first format whose columns are all there.
+
+    Raises:
+        DataError: no format fits.
+    """
+    for name, needed in COLUMNS.items():
+        if all(column in columns for column in needed):
+            return name
+    known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
+    raise DataError(f"{where}: the columns {', '.join(columns) or '(none)'} fit no known form ({known}); rename them")
+
+
+def check_row(where: str, content: Content) -> Row:
+    """Check what every form has to fulfil: size, clean text, order of roles.
+
+    Raises:
+        RowError: naming the first rule that is broken.
+    """
+    texts = [message["content"] for message in content.messages] + [content.text] * (content.kind == "text")
+    size = sum(map(len, texts))
+    if size > MAX_ROW_BYTES:
+        raise RowError(too_long(size))
+    for text in texts:
+        check_text(text)
+    if content.kind == "text":
+        if not content.text.strip():
+            raise RowError("text is empty")
+        return Row(where, "text", text=content.text)
+    messages = content.messages
+    if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
+        messages = messages[1:]  # an empty system column says: none
+    check_conversation(messages)
+    return Row(where, content.kind, tuple(messages))
+
+
+def check_text(text: str) -> None:
+    """Raise RowError if text holds what no tokenizer or template can take."""
+    if "\0" in text:
+        raise RowError("holds a NUL character")
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError(f"invalid UTF-8 or unpaired surrogate at character {error.start + 1}") from error
+
+
+def check_conversation(messages: list[Message]) -> None:
+    """Raise RowError unless roles are [system,] user, assistant, user, assistant, ... and no content is blank."""
+    if not messages:
+        raise RowError("the conversation is empty")
+    if all(message["role"] != "assistant" for message in messages):
+        raise RowError("no assistant message, so nothing to learn from")
+    first = 1 if messages[0]["role"] == "system" else 0
+    for number, message in enumerate(messages[first:], first + 1):
+        expected = "user" if (number - first) % 2 == 1 else "assistant"
+        if message["role"] != expected:
+            raise RowError(f"message {number} is from {message['role']}, expected {expected}: roles out of order")
+    if messages[-1]["role"] != "assistant":
+        raise RowError(f"the last message is from {messages[-1]['role']}, expected assistant")
+    for number, message in enumerate(messages, 1):
+        if not message["content"].strip():
+            raise RowError(f"message {number} ({message['role']}) is empty")
+
+
+def string_of(columns: dict[str, object], name: str, *, optional: bool = False) -> str:
+    """Return a text column; a missing or null optional one is ''.
+
+    Raises:
+        RowError: the column is missing or holds another type.
+    """
+    value = columns.get(name)
+    if optional and value is None:
+        return ""
+    if name not in columns:
+        raise RowError(f"column {name!r} is missing")
+    if not isinstance(value, str):
+        raise RowError(f"{name!r} must be a string, found {json_type(value)}")
+    return value
+
+
+def turns_of(columns: dict[str, object], list_name: str, role_name: str, content_name: str) -> Content:
+    """Return the conversation in a column that holds a list of objects with a role and a text."""
+    if list_name not in columns:
+        raise RowError(f"column {list_name!r} is missing")
+    turns = columns[list_name]
+    if not isinstance(turns, list):
+        raise RowError(f"{list_name!r} must be a list, found {json_type(turns)}")
+    messages: list[Message] = []
+    for number, turn in enumerate(turns, 1):
+        if not isinstance(turn, dict):
+            raise RowError(f"message {number} must be an object, found {json_type(turn)}")
+        try:
+            role, content = string_of(turn, role_name), string_of(turn, content_name)
+        except RowError as error:
+            raise RowError(f"message {number}: {error}") from error
+        if role not in ROLES:
+            raise RowError(f"message {number}: unknown role {role[:40]!r}, known are {', '.join(ROLES)}")
+        messages.append({"role": ROLES[role], "content": content})
+    return Content("chat", messages)
+
+
+def read_messages(columns: dict[str, object]) -> Content:
+    """{"messages": [{"role", "content"}, ...]}."""
+    return turns_of(columns, "messages", "role", "content")
+
+
+def read_sharegpt(columns: dict[str, object]) -> Content:
+    """{"conversations": [{"from", "value"}, ...]}."""
+    return turns_of(columns, "conversations", "from", "value")
+
+
+def read_alpaca(columns: dict[str, object]) -> Content:
+    """{"instruction", "input" (may be missing, null or empty), "output"}."""
+    parts = [string_of(columns, "instruction"), string_of(columns, "input", optional=True)]
+    question = "\n\n".join(part for part in parts if part.strip())
+    answer = string_of(columns, "output")
+    return Content("chat", [{"role": "user", "content": question}, {"role": "assistant", "content": answer}])
+
+
+def read_prompt_completion(columns: dict[str, object]) -> Content:
+    """{"prompt", "completion"}."""
+    prompt, completion = string_of(columns, "prompt"), string_of(columns, "completion")
+    return Content("completion", [{"role": "user", "content": prompt}, {"role": "assistant", "content": completion}])
+
+
+def read_text(columns: dict[str, object]) -> Content:
+    """{"text"}."""
+    return Content("text", [], string_of(columns, "text"))
+
+
+FORMATS: dict[str, Callable[[dict[str, object]], Content]] = {
+    "messages": read_messages,
+    "sharegpt": read_sharegpt,
+    "alpaca": read_alpaca,
+    "prompt_completion": read_prompt_completion,
+    "text": read_text,
+}
+
+COLUMNS = {
+    "messages": ("messages",),
+    "sharegpt": ("conversations",),
+    "alpaca": ("instruction", "output"),
+    "prompt_completion": ("prompt", "completion"),
+    "text": ("text",),
+}
+"""Columns by which dataset_format='auto' knows a form, in the order in which it looks."""

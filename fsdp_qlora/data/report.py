@@ -1,0 +1,85 @@
+"""What happened to the rows of a dataset on their way to examples."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Literal
+
+from fsdp_qlora.errors import DataError
+
+NUM_LISTED = 10
+"""Rows of a kind that are listed one by one; more are only counted."""
+
+BadRows = Literal["stop", "skip"]
+
+
+@dataclass
+class DataReport:
+    """Counts over the training and evaluation rows of a run; nothing is left out of them silently."""
+
+    bad_rows: BadRows = "stop"
+    """What reject() does, from the setting of that name."""
+
+    num_rows: int = 0
+    """Rows read, bad ones included."""
+
+    num_skipped: int = 0
+    """Malformed rows left out (only with bad_rows='skip')."""
+
+    skipped: list[str] = field(default_factory=list)
+    """`file:line: reason` of the first of them."""
+
+    num_truncated: int = 0
+    """Examples cut at context_length."""
+
+    num_dropped: int = 0
+    """Examples left out because no target token was left within context_length."""
+
+    dropped: list[str] = field(default_factory=list)
+    """`file:line` of the first of them."""
+
+    num_examples: int = 0
+    """Training examples."""
+
+    num_eval_examples: int = 0
+
+    num_tokens: int = 0
+    """Tokens of the training examples."""
+
+    num_targets: int = 0
+    """Tokens of the training examples that count in the loss."""
+
+    def reject(self, where: str, reason: str) -> None:
+        """Count a malformed row, or stop.
+
+        Raises:
+            DataError: with `where: reason`, if bad rows stop the run.
+        """
+        if self.bad_rows == "stop":
+            raise DataError(f"{where}: {reason}; fix the row, or leave such rows out with --bad_rows skip")
+        self.num_skipped += 1
+        if len(self.skipped) < NUM_LISTED:
+            self.skipped.append(f"{where}: {reason}")
+
+    def drop(self, where: str) -> None:
+        """Count an example that has no target token."""
+        self.num_dropped += 1
+        if len(self.dropped) < NUM_LISTED:
+            self.dropped.append(where)
+
+    def lines(self) -> list[str]:
+        """Return a short summary, one statement a line."""
+        share = self.num_targets / max(self.num_tokens, 1)
+        lines = [
+            f"data: {self.num_rows:,} rows -> {self.num_examples:,} training and {self.num_eval_examples:,} evaluation "
+            f"examples; {self.num_tokens:,} training tokens, {self.num_targets:,} ({share:.0%}) of them targets"
+        ]
+        if self.num_truncated:
+            lines.append(f"data: {self.num_truncated:,} examples cut at --context_length")
+        if self.num_dropped:
+            listed = ", ".join(self.dropped) + (", ..." if self.num_dropped > len(self.dropped) else "")
+            lines.append(f"data: {self.num_dropped:,} examples dropped, no target within --context_length: {listed}")
+        if self.num_skipped:
+            lines.append(f"data: {self.num_skipped:,} malformed rows skipped, the first {len(self.skipped)}:")
+            lines += [f"  {entry}" for entry in self.skipped]
+        return lines

@@ -1,0 +1,127 @@
+"""From the settings to training and evaluation examples."""
+
+from __future__ import annotations
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.data.formats import Row, load_rows
+from fsdp_qlora.data.report import DataReport
+from fsdp_qlora.data.templates import ChatRenderer, Document, Piece, special_tokens
+from fsdp_qlora.data.tokenize import IGNORE, Encoder, Example
+from fsdp_qlora.errors import DataError
+
+MAX_EVAL_ROWS = 1000
+ENCODE_BATCH = 1000
+"""Documents that the tokenizer gets at once; it spreads them over threads."""
+
+
+def load_splits(
+    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+) -> tuple[list[Example], list[Example], DataReport]:
+    """Read, check and tokenise the datasets of a run.
+
+    All rows are checked before any is tokenised. The result depends on the settings, files and tokenizer only, so every
+    rank gets the same.
+
+    Returns:
+        Training examples, evaluation examples (of eval_dataset, or held out by eval_split), each of at most
+        context_length tokens and in the order of the file; and the counts of both.
+
+    Raises:
+        DataError: a dataset or row that cannot be used, or no training example left.
+    """
+    report = DataReport(bad_rows=config.bad_rows)
+    rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed)
+    if config.eval_dataset is not None:
+        train_rows = rows
+        eval_rows = load_rows(config.eval_dataset, config.dataset_format, report, seed=config.seed)
+    else:
+        train_rows, eval_rows = hold_out(rows, config.eval_split, config.seed)
+    train = tokenize_rows(train_rows, tokenizer, config, report)
+    evaluation = tokenize_rows(eval_rows, tokenizer, config, report)
+    if not train:
+        raise DataError(
+            f"dataset {config.dataset}: no training example is left of {len(train_rows)} rows; no answer begins within "
+            f"--context_length {config.context_length}: raise it"
+        )
+    report.num_examples = len(train)
+    report.num_eval_examples = len(evaluation)
+    report.num_tokens = sum(len(example.input_ids) for example in train)
+    report.num_targets = sum(num_targets(example) for example in train)
+    return train, evaluation, report
+
+
+def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
+    """Split rows into training and evaluation rows.
+
+    A share above 0 holds out at least one row and leaves at least one, where there are two; at most MAX_EVAL_ROWS.
+    """
+    if share <= 0 or len(rows) < 2:
+        return rows, []
+    num_eval = min(max(1, round(len(rows) * share)), MAX_EVAL_ROWS, len(rows) - 1)
+    held_out = set(np.random.default_rng(seed).permutation(len(rows))[:num_eval].tolist())
+    train = [row for i, row in enumerate(rows) if i not in held_out]
+    return train, [row for i, row in enumerate(rows) if i in held_out]
+
+
+def tokenize_rows(
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: DataReport
+) -> list[Example]:
+    """Tokenise rows and cut them to context_length; examples without a target are dropped and counted.
+
+    Raises:
+        DataError: a conversation that the chat template cannot render (unless such rows are skipped), or no template.
+    """
+    if not rows:
+        return []
+    renderer = None
+    if any(row.kind == "chat" for row in rows) or (tokenizer.chat_template and rows[0].kind == "completion"):
+        renderer = ChatRenderer(tokenizer)
+    control_tokens = renderer.control_tokens if renderer else special_tokens(tokenizer)
+    encoder = Encoder(tokenizer, control_tokens, all_targets=config.train_on == "all")
+    examples: list[Example] = []
+    for start in range(0, len(rows), ENCODE_BATCH):
+        documents: list[Document] = []
+        places: list[str] = []
+        for row in rows[start : start + ENCODE_BATCH]:
+            try:
+                documents.append(to_document(row, renderer))
+                places.append(row.where)
+            except DataError as error:
+                report.reject(row.where, str(error))
+        for where, example in zip(places, encoder.encode(documents), strict=True):
+            if isinstance(example, DataError):
+                report.reject(where, str(example))
+            elif num_targets(cut := truncate(example, config.context_length)):
+                report.num_truncated += cut is not example
+                examples.append(cut)
+            else:
+                report.drop(where)
+    return examples
+
+
+def to_document(row: Row, renderer: ChatRenderer | None) -> Document:
+    """Return a row's text pieces: a templated conversation, prompt + completion, or plain text.
+
+    Control tokens in plain text are taken as such, as its author may have applied a template already.
+    """
+    if row.kind == "text":
+        return Document((Piece(row.text, True, True),), add_special_tokens=True, append_eos=True)
+    if renderer is not None:
+        return renderer.render(row.messages)
+    pieces = tuple(Piece(message["content"], False, message["role"] == "assistant") for message in row.messages)
+    return Document(pieces, add_special_tokens=True, append_eos=True)
+
+
+def truncate(example: Example, context_length: int) -> Example:
+    """Return the first context_length tokens; the example itself if it is no longer."""
+    if len(example.input_ids) <= context_length:
+        return example
+    return Example(example.input_ids[:context_length], example.labels[:context_length])
+
+
+def num_targets(example: Example) -> int:
+    """Return how many tokens count in the loss; nothing predicts the first one."""
+    return len(example.labels) - 1 - example.labels[1:].count(IGNORE)

@@ -1,0 +1,95 @@
+"""Answer a prompt with a base model and a trained adapter, in one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+from fsdp_qlora.adapters import CONFIG_FILE, read_adapter
+from fsdp_qlora.build import build_model
+from fsdp_qlora.config import GenerateConfig
+from fsdp_qlora.distributed import compute_dtype, process_group
+from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+
+
+def run(config: GenerateConfig) -> None:
+    """Print the answer; the command line's `generate`."""
+    if config.device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device=cuda: torch sees no CUDA device; use --device=auto")
+    print(answer(config))
+
+
+def answer(config: GenerateConfig) -> str:
+    """Return the model's answer to the prompt.
+
+    Raises:
+        CheckpointError: the adapter is missing, damaged, of another kind, or belongs to another base.
+        ModelError, WeightsError: the base cannot be found or read.
+    """
+    folder = Path(config.adapter)
+    if not (folder / CONFIG_FILE).exists() and (folder / "adapter" / CONFIG_FILE).exists():
+        folder = folder / "adapter"
+    adapter_config, matrices = read_adapter(folder)
+    base = config.model or adapter_config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
+    targets = adapter_config["target_modules"]
+    lora = LoraSettings(
+        rank=int(adapter_config["r"]),
+        alpha=float(adapter_config["lora_alpha"]),
+        target_modules=targets if isinstance(targets, str) else ",".join(targets),
+    )
+    base_folder = resolve(base)
+    with process_group("full", timeout_s=600, device=None if config.device == "auto" else config.device) as ranks:
+        built = build_model(
+            base_folder,
+            ranks,
+            QuantSettings(),
+            lora,
+            compute_dtype(config.precision, ranks.device),
+            activation_checkpointing=False,
+            adapter=matrices,
+            shard=False,
+            attention="sdpa",
+        )
+        tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+        torch.manual_seed(config.seed)
+        return _generate(built.skeleton.model.eval(), tokenizer, config, base_folder)
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig, base_folder: Path
+) -> str:
+    if tokenizer.chat_template:
+        messages = [{"role": "user", "content": config.prompt}]
+        inputs = tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
+        )
+    else:
+        inputs = tokenizer(config.prompt, return_tensors="pt")
+    inputs = inputs.to(next(model.parameters()).device)
+    settings = GenerationConfig()
+    if (base_folder / "generation_config.json").exists():
+        settings = GenerationConfig.from_pretrained(base_folder, local_files_only=True)
+    sampling = (
+        {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {"do_sample": False}
+    )
+    stop = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
+    output = model.generate(
+        **inputs,
+        generation_config=GenerationConfig(
+            max_new_tokens=config.max_new_tokens,
+            use_cache=True,
+            eos_token_id=stop,
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+            **sampling,
+        ),
+    )
+    answer: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return answer.strip()

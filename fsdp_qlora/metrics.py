@@ -1,0 +1,141 @@
+"""What a run says of itself: metrics.jsonl always, a progress line, wandb if asked for. None of it can stop the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+import warnings
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, TextIO
+
+import torch
+from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+from fsdp_qlora.config import TrainConfig
+
+
+class Logger(Protocol):
+    """A sink of metrics."""
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Take one record of numbers."""
+
+    def close(self) -> None:
+        """Finish; nothing is logged afterwards."""
+
+
+class JsonlLogger:
+    """One JSON object a line, flushed at once."""
+
+    def __init__(self, path: Path) -> None:
+        self._file: TextIO = path.open("w", encoding="utf-8")
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Append a line."""
+        self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class WandbLogger:
+    """Weights & Biases, offline where WANDB_MODE says so. The login comes from the environment, never from flags."""
+
+    def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
+        import wandb
+
+        name = config.run_name or Path(config.output_dir).name
+        quiet = wandb.Settings(init_timeout=30, console="off", disable_git=True, silent=True)
+        self._run = wandb.init(
+            project=os.environ.get("WANDB_PROJECT", "fsdp_qlora"),
+            name=name,
+            dir=config.output_dir,
+            config=settings,
+            settings=quiet,
+        )
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Send a record."""
+        self._run.log(record, step=step)
+
+    def close(self) -> None:
+        """Upload what is left."""
+        self._run.finish()
+
+
+LOGGERS = {"wandb": WandbLogger}
+"""Trackers by the name --log_to gives them."""
+
+
+class Metrics:
+    """All sinks of a run's metrics on rank 0; does nothing on the other ranks.
+
+    Args:
+        config: the run's settings.
+        settings: what trackers store as the run's configuration.
+        num_steps: optimizer steps of the run.
+        enabled: whether this is rank 0.
+    """
+
+    def __init__(self, config: TrainConfig, settings: dict[str, Any], num_steps: int, enabled: bool) -> None:
+        self._sinks: list[Logger] = []
+        self._progress: Progress | None = None
+        self.enabled = enabled
+        if not enabled:
+            return
+        self._sinks.append(JsonlLogger(Path(config.output_dir) / "metrics.jsonl"))
+        if config.log_to in LOGGERS:
+            try:
+                self._sinks.append(LOGGERS[config.log_to](config, settings))
+            except Exception as error:  # a tracker may fail in any way of its own; the run goes on
+                self._warn(config.log_to, error)
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+        if sys.stderr.isatty():
+            self._progress = Progress(*columns, TimeRemainingColumn(), transient=True)
+            self._progress.start()
+            self._task = self._progress.add_task("training", total=num_steps)
+
+    def __enter__(self) -> Metrics:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        for sink in list(self._sinks):
+            self._safely(sink, lambda sink=sink: sink.close())
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Send a record of numbers to every sink."""
+        for sink in list(self._sinks):
+            self._safely(sink, lambda sink=sink: sink.log(record, step))
+
+    def show(self, line: str, step: int) -> None:
+        """Show a step's line: beside the bar on a terminal, as plain text elsewhere."""
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=line)
+        elif self.enabled:
+            print(line, flush=True)
+
+    def _safely(self, sink: Logger, action: Any) -> None:
+        try:
+            action()
+        except Exception as error:  # see above
+            self._warn(type(sink).__name__, error)
+            self._sinks.remove(sink)
+
+    def _warn(self, name: str, error: Exception) -> None:
+        warnings.warn(
+            f"{name} failed and is switched off ({type(error).__name__}: {error}); training goes on", stacklevel=3
+        )
+
+
+def memory_gib(device: torch.device) -> float:
+    """Return the peak GPU memory reserved by this process in GiB, 0 on the CPU."""
+    return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0

@@ -1,0 +1,80 @@
+"""run.json: everything needed to know later what a run was and how to repeat it. No secrets: they never are settings."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+from fsdp_qlora import __version__
+from fsdp_qlora.adapters import write_file
+from fsdp_qlora.config import TrainConfig, to_dict
+from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.errors import ConfigError
+
+PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "huggingface_hub", "datasets")
+
+
+def _commit() -> str | None:
+    here = Path(__file__).resolve().parent
+    try:
+        result = subprocess.run(["git", "rev-parse", "HEAD"], cwd=here, capture_output=True, text=True, timeout=5)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() or None
+
+
+def _versions() -> dict[str, str]:
+    found = {"python": platform.python_version(), "fsdp_qlora": __version__}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def command(config: TrainConfig, ranks: Ranks) -> str:
+    """Return the command that repeats the run: the settings that differ from their defaults."""
+    defaults = to_dict(TrainConfig())
+    flags = [f"--{name} {value}" for name, value in to_dict(config).items() if value != defaults[name]]
+    start = f"torchrun --nproc_per_node {ranks.world_size} train.py" if ranks.world_size > 1 else "python train.py"
+    return " ".join([start, *flags])
+
+
+def describe(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
+    """Return the record of a run before it starts."""
+    return {
+        "command": command(config, ranks),
+        "config": to_dict(config),
+        "world_size": ranks.world_size,
+        "device": ranks.device.type,
+        "versions": _versions(),
+        "commit": _commit(),
+    }
+
+
+def write_record(folder: Path, record: dict[str, Any]) -> None:
+    """Write run.json."""
+    write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
+
+
+def prepare_output_dir(config: TrainConfig) -> Path:
+    """Create the output folder; ConfigError if it cannot be written or holds an earlier run."""
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        used = any(folder.iterdir())
+    except OSError as error:
+        raise ConfigError(f"output_dir '{folder}' cannot be used ({error.strerror}); choose another") from error
+    if used and not config.overwrite:
+        raise ConfigError(
+            f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite"
+        )
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output_dir '{folder}' is not writable; choose another")
+    return folder

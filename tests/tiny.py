@@ -1,0 +1,71 @@
+"""Tiny random-weight models of every family, saved as checkpoints."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+COMMON: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 104,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+FAMILIES: dict[str, dict[str, Any]] = {
+    "llama": {"tie_word_embeddings": False},
+    "llama3": {
+        "model_type": "llama",
+        "tie_word_embeddings": True,
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 500000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 128,
+        },
+    },
+    "mistral": {"sliding_window": 16, "tie_word_embeddings": False},
+    "qwen2": {
+        "tie_word_embeddings": False,
+        "use_sliding_window": True,
+        "sliding_window": 16,
+        "max_window_layers": 2,
+    },
+    "qwen3": {"head_dim": 24, "tie_word_embeddings": True},
+    "gemma2": {
+        "head_dim": 24,
+        "sliding_window": 16,
+        "query_pre_attn_scalar": 24,
+        "attn_logit_softcapping": 5.0,
+        "final_logit_softcapping": 3.0,
+    },
+    "gemma3_text": {"head_dim": 24, "sliding_window": 16, "query_pre_attn_scalar": 24},
+    "phi3": {"sliding_window": 24, "tie_word_embeddings": False},
+}
+"""Settings of a family's tiny model beyond COMMON; model_type is the key unless given."""
+
+
+def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, seed: int = 0, **changes: Any) -> Path:
+    """Save a tiny random model of a family as safetensors and return its folder."""
+    settings = {**COMMON, **FAMILIES[family], **changes}
+    model_type = settings.pop("model_type", family)
+    config = AutoConfig.for_model(model_type, **settings)
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            # initial values leave biases at 0 and norms at 1, and logits too small to tell models apart
+            parameter.add_(torch.randn_like(parameter) * (0.05 if "norm" in name else 0.1))
+    model.to(dtype).save_pretrained(folder)
+    return folder

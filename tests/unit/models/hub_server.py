@@ -1,0 +1,126 @@
+"""A stand-in for the model hub: the few HTTP answers that huggingface_hub's snapshot_download asks for."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "c0ffee" * 6 + "abcd"
+
+
+@dataclass
+class Hub:
+    """One repository, with switches for what goes wrong; `requests` lists (method, path, Range header)."""
+
+    repo: str
+    files: dict[str, bytes]
+    gated: bool = False
+    token: str | None = None  # with gated: the token that has access
+    cut_at: int | None = None  # the first download of a longer file is cut off after so many bytes
+    dead_after_cut: bool = False  # no longer file can be downloaded after the cut
+    status: int | None = None  # answer everything with this status
+    url: str = ""
+    requests: list[tuple[str, str, str | None]] = field(default_factory=list)
+    cuts: int = 0
+
+    def downloads(self) -> set[str]:
+        """Names of the files whose content was asked for."""
+        return {
+            path.split("/resolve/")[1].split("/", 1)[1]
+            for method, path, _ in self.requests
+            if method == "GET" and "/resolve/" in path
+        }
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self._answer()
+
+        def do_GET(self) -> None:
+            self._answer()
+
+        def _answer(self) -> None:
+            path = unquote(urlsplit(self.path).path)
+            hub.requests.append((self.command, path, self.headers.get("Range")))
+            if hub.status is not None:
+                return self._send(hub.status, b"{}")
+            if path.startswith(f"/api/models/{hub.repo}"):
+                return self._api(path.removeprefix(f"/api/models/{hub.repo}"))
+            prefix = f"/{hub.repo}/resolve/"
+            name = path.removeprefix(prefix).partition("/")[2]
+            if not path.startswith(prefix):
+                return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+            if name not in hub.files:
+                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+            if hub.gated and (hub.token is None or self.headers.get("Authorization") != f"Bearer {hub.token}"):
+                code = 403 if self.headers.get("Authorization") else 401
+                return self._send(code, b"{}", {"X-Error-Code": "GatedRepo"})
+            self._file(hub.files[name])
+
+        def _api(self, rest: str) -> None:
+            _, kind, revision = [*rest.split("/"), "", ""][:3] if rest else ("", "revision", "main")
+            if revision not in ("main", COMMIT):
+                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+            names = [{"rfilename": name} for name in hub.files]
+            content: object = {"id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "siblings": names}
+            if kind == "tree":
+                content = [
+                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                    for name, data in hub.files.items()
+                ]
+            self._send(200, json.dumps(content).encode())
+
+        def _file(self, data: bytes) -> None:
+            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            status, start = 200, 0
+            if requested := self.headers.get("Range"):
+                status, start = 206, int(requested.removeprefix("bytes=").split("-")[0])
+                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+            if self.command == "GET" and hub.cut_at is not None and len(data) > hub.cut_at:
+                if hub.dead_after_cut and hub.cuts:
+                    return self._send(500, b"{}")
+                hub.cuts += 1
+                if hub.cuts == 1:
+                    self._send(status, data[start:], headers, cut_at=hub.cut_at)
+                    self.close_connection = True
+                    return None
+            self._send(status, data[start:], headers)
+
+        def _send(
+            self, status: int, body: bytes, headers: dict[str, str] | None = None, cut_at: int | None = None
+        ) -> None:
+            self.send_response(status)
+            for key, value in (headers or {}).items():
+                self.send_header(key, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command == "GET":
+                self.wfile.write(body[:cut_at])
+
+    return Handler
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """Serve the hub on a free local port while the block runs."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
