@@ -7,6 +7,7 @@ their usual attention interface, which skips mask creation for names it does not
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -71,6 +72,8 @@ def _flash(
     """FlashAttention over documents of any length (torch's own kernel)."""
     from torch.nn.attention.varlen import varlen_attn
 
+    # torch 2.11 shares key and value heads without being told, later versions want to be
+    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out = varlen_attn(
         q_NHD,
@@ -82,7 +85,7 @@ def _flash(
         max_seqlen,
         scale=scaling,
         window_size=window,
-        enable_gqa=q_NHD.shape[1] != k_NHD.shape[1],
+        **grouped,
     )
     assert isinstance(out, Tensor)
     return out

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
-from hub_server import COMMIT, Hub, serve
 
 from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.models import hub as hub_module
 from fsdp_qlora.models import smollm2
 from fsdp_qlora.models.hub import cache_dir, resolve
+from tests.unit.models.hub_server import COMMIT, Hub, serve
 
 ROOT = Path(__file__).resolve().parents[3]
 REPO = "someone/model"

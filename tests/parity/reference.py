@@ -1,0 +1,263 @@
+"""The independent implementation that parity is measured against, and what is compared.
+
+The reference is transformers' model loaded by `from_pretrained` with bitsandbytes' 4-bit layers, eager attention with dense
+masks, and PEFT's LoRA. Nothing of fsdp_qlora takes part in it but the values of the LoRA matrices, which are copied.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import bitsandbytes as bnb
+import torch
+import torch.nn.functional as F
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from fsdp_qlora import data
+from fsdp_qlora.build import BuiltModel, build_model
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.trainer import Trainer
+
+LORA = LoraSettings(rank=8, alpha=16.0)
+NF4 = QuantSettings()
+
+
+@dataclass
+class Pair:
+    """The same checkpoint and adapter twice: in fsdp_qlora, as training uses it, and in the reference."""
+
+    folder: Path
+    ours: BuiltModel
+    peft: PeftModel
+
+
+def load_base(folder: Path, quant: QuantSettings, dtype: torch.dtype) -> PreTrainedModel:
+    """Return transformers' model with bitsandbytes' 4-bit layers, on the CPU."""
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+    )
+    return AutoModelForCausalLM.from_pretrained(
+        folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}, attn_implementation="eager"
+    )
+
+
+def load_pair(
+    folder: Path,
+    ranks: Ranks,
+    quant: QuantSettings = NF4,
+    lora: LoraSettings = LORA,
+    dtype: torch.dtype = torch.float32,
+    zero_lora_B: bool = False,
+) -> Pair:
+    """Load a checkpoint both ways, with the same LoRA matrices: fsdp_qlora's initial A and a random B."""
+    ours = build_model(folder, ranks, quant, lora, dtype)
+    if not zero_lora_B:
+        generator = torch.Generator().manual_seed(1)
+        for linear in lora_linears(ours.root):
+            value = local(linear.lora_B)
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    config = LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules="all-linear",
+        task_type="CAUSAL_LM",
+    )
+    # in train mode for good: in eval mode bitsandbytes repacks the weights of some CPUs and computes in bf16
+    peft = get_peft_model(load_base(folder, quant, dtype), config).train()
+    named = dict(peft.named_parameters())
+    for linear in lora_linears(ours.root):
+        for part in ("lora_A", "lora_B"):
+            named[peft_name(linear.name, part)].data.copy_(local(getattr(linear, part)))
+    return Pair(folder, ours, peft)
+
+
+def peft_name(layer: str, part: str) -> str:
+    """Return PEFT's name of a LoRA matrix in memory."""
+    return f"base_model.model.{layer}.{part}.default.weight"
+
+
+def local(parameter: Tensor | None) -> Tensor:
+    """Return the values of a parameter in a world of one; writing to them changes the parameter."""
+    assert parameter is not None
+    value = parameter.detach()
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def base_weights(built: BuiltModel) -> dict[str, Tensor]:
+    """Return every dequantised matrix of fsdp_qlora's base by the layer's name."""
+    linears = lora_linears(built.root)
+    return {linear.name: dequantize(local(linear.packed), linear.layout, torch.float32, "forward") for linear in linears}
+
+
+def reference_base_weights(peft: PeftModel) -> dict[str, Tensor]:
+    """Return every dequantised matrix of the reference's base by the layer's name."""
+    weights = {}
+    for name, module in peft.named_modules():
+        if isinstance(module, bnb.nn.Linear4bit):
+            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
+            weights[name.removeprefix("base_model.model.").removesuffix(".base_layer")] = weight
+    return weights
+
+
+def random_ids(batch: int, tokens: int, vocab_size: int, seed: int = 0) -> Tensor:
+    """Return int64 [batch, tokens] without the special tokens 0 to 2."""
+    return torch.randint(3, vocab_size, (batch, tokens), generator=torch.Generator().manual_seed(seed))
+
+
+def packed_batch(rows: list[list[Tensor]]) -> data.Batch:
+    """Return a batch of rows of documents, every token but a document's first being a target. Rows are equally long."""
+    documents = [document for row in rows for document in row]
+    labels = [torch.cat([document[1:], torch.tensor([-100])]) for document in documents]
+    shape = (len(rows), -1)
+    lengths = [len(document) for document in documents]
+    return data.Batch(
+        input_ids=torch.cat(documents).view(shape),
+        labels=torch.cat(labels).view(shape),
+        position_ids=torch.cat([torch.arange(length) for length in lengths]).view(shape),
+        cu_seqlens=torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32),
+        max_seqlen=max(lengths),
+        num_targets=sum(lengths) - len(lengths),
+    )
+
+
+def whole_rows(ids: Tensor) -> data.Batch:
+    """Return a batch of one document a row from ids [batch, tokens]."""
+    return packed_batch([[row] for row in ids])
+
+
+def make_trainer(built: BuiltModel, ranks: Ranks, loader: data.Loader | None = None, **settings: object) -> Trainer:
+    """Return fsdp_qlora's trainer around a model; without a loader it serves `loss` and `train_step` only."""
+    config = TrainConfig(**{"max_steps": 1, "lr_scheduler": "constant", "warmup_ratio": 0.0, **settings})
+    return Trainer(config, ranks, built, loader, None)
+
+
+@contextmanager
+def captured_hidden(built: BuiltModel) -> Iterator[list[Tensor]]:
+    """Collect the final hidden states [batch, tokens, hidden] of every call of the root."""
+    found: list[Tensor] = []
+    norm = built.skeleton.decoder.norm
+    handle = norm.register_forward_hook(lambda module, args, output: found.append(output))
+    try:
+        yield found
+    finally:
+        handle.remove()
+
+
+@torch.no_grad()
+def logits(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Tensor:
+    """Return fsdp_qlora's logits [batch, tokens, vocabulary], float32, from the code that training runs."""
+    with captured_hidden(built) as hidden:
+        make_trainer(built, ranks).loss(batch)
+    values = F.linear(hidden[0], local(built.root.vocabulary.weight)).float()
+    cap = built.skeleton.logit_softcap
+    return values if cap is None else torch.tanh(values / cap) * cap
+
+
+@torch.no_grad()
+def token_losses(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Tensor:
+    """Return the loss of every position [batch, tokens], 0 where there is no target."""
+    scores = logits(built, ranks, batch)
+    return F.cross_entropy(scores.transpose(1, 2), batch.labels, ignore_index=-100, reduction="none")
+
+
+@dataclass
+class Gradients:
+    """Loss per token and LoRA gradients by PEFT's names of one batch."""
+
+    loss: float
+    grads: dict[str, Tensor]
+
+
+def our_gradients(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Gradients:
+    """Run forward and backward of fsdp_qlora."""
+    built.root.train()
+    loss = make_trainer(built, ranks).loss(batch) / batch.num_targets
+    loss.backward()
+    grads = {}
+    for linear in lora_linears(built.root):
+        for part in ("lora_A", "lora_B"):
+            parameter = getattr(linear, part)
+            grads[peft_name(linear.name, part)] = local(parameter.grad).clone()
+            parameter.grad = None
+    return Gradients(loss.item(), grads)
+
+
+def reference_gradients(peft: PeftModel, ids: Tensor) -> Gradients:
+    """Run forward and backward of the reference on ids [batch, tokens], one document a row."""
+    loss = peft(input_ids=ids, labels=ids).loss
+    loss.backward()
+    grads = {name: p.grad.clone() for name, p in peft.named_parameters() if p.requires_grad}
+    peft.zero_grad()
+    return Gradients(loss.item(), grads)
+
+
+def relative_difference(found: Tensor, expected: Tensor) -> float:
+    """Return the largest difference divided by the largest expected magnitude."""
+    return float((found - expected).abs().max() / expected.abs().max())
+
+
+def max_gradient_difference(found: Gradients, expected: Gradients) -> float:
+    """Return the largest relative difference over the LoRA matrices; they must be the same ones."""
+    assert set(found.grads) == set(expected.grads)
+    return max(relative_difference(found.grads[name].float(), grad.float()) for name, grad in expected.grads.items())
+
+
+@dataclass
+class Curves:
+    """Mean loss per target token of every optimizer step."""
+
+    ours: list[float] = field(default_factory=list)
+    peft: list[float] = field(default_factory=list)
+
+    @property
+    def max_deviation(self) -> float:
+        """Largest relative difference of a step's losses."""
+        return max(abs(a - b) / b for a, b in zip(self.ours, self.peft, strict=True))
+
+
+def train_both(pair: Pair, ranks: Ranks, loader: data.Loader, num_steps: int, lr: float) -> Curves:
+    """Train both on the loader's steps, which must not be packed: AdamW, constant rate, gradient norm clipped to 1."""
+    curves = Curves()
+    trainer = make_trainer(pair.ours, ranks, loader, max_steps=num_steps, lr=lr)
+    trainable = [p for p in pair.peft.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    epoch, index = 0, 0
+    for step in range(num_steps):
+        if index == loader.num_steps(epoch):
+            epoch, index = epoch + 1, 0
+        batches = loader.step(epoch, index)
+        index += 1
+        curves.ours.append(trainer.train_step(batches, step).loss)
+        curves.peft.append(_reference_step(pair.peft, optimizer, trainable, batches))
+    return curves
+
+
+def _reference_step(
+    peft: PeftModel, optimizer: torch.optim.Optimizer, trainable: list[nn.Parameter], batches: list[data.Batch]
+) -> float:
+    num_targets = sum(batch.num_targets for batch in batches)
+    total = 0.0
+    for batch in batches:
+        # transformers shifts labels itself; positions and mask are its own: right padding is behind every target
+        labels = torch.full_like(batch.labels, -100)
+        labels[:, 1:] = batch.labels[:, :-1]
+        loss = peft(input_ids=batch.input_ids, labels=labels, num_items_in_batch=num_targets).loss
+        loss.backward()
+        total += loss.item()
+    torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+    optimizer.step()
+    optimizer.zero_grad()
+    return total
