@@ -13,6 +13,7 @@ from fsdp_qlora.config import GenerateConfig
 from fsdp_qlora.distributed import compute_dtype, process_group
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
 
@@ -21,6 +22,12 @@ def run(config: GenerateConfig) -> None:
     if config.device == "cuda" and not torch.cuda.is_available():
         raise ConfigError("--device=cuda: torch sees no CUDA device; use --device=auto")
     print(answer(config))
+
+
+def generation_attention(base_folder: Path) -> str:
+    """Return transformers' name of the attention to generate with: torch's own has no soft cap (Gemma 2)."""
+    model_config, _ = read_config(base_folder)
+    return "sdpa" if getattr(model_config, "attn_logit_softcapping", None) is None else "eager"
 
 
 def answer(config: GenerateConfig) -> str:
@@ -54,7 +61,7 @@ def answer(config: GenerateConfig) -> str:
             activation_checkpointing=False,
             adapter=matrices,
             shard=False,
-            attention="sdpa",
+            attention=generation_attention(base_folder),
         )
         tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)

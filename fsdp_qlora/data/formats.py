@@ -71,21 +71,24 @@ def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
         return [Row(f"demo:{i}", "chat", tuple(read_messages(columns).messages)) for i, columns in enumerate(demo, 1)]
     rows: list[Row] = []
     num_before = report.num_rows
+    first_problem = ""
     for raw in read_raw(dataset):
         report.num_rows += 1
-        if raw.problem:
-            report.reject(raw.where, raw.problem)
-            continue
-        if dataset_format == "auto":
-            dataset_format = detect_format(raw.columns, raw.where)
-        try:
-            rows.append(check_row(raw.where, FORMATS[dataset_format](raw.columns)))
-        except RowError as error:
-            report.reject(raw.where, str(error))
+        problem = raw.problem
+        if not problem:
+            if dataset_format == "auto":
+                dataset_format = detect_format(raw.columns, raw.where)
+            try:
+                rows.append(check_row(raw.where, FORMATS[dataset_format](raw.columns)))
+            except RowError as error:
+                problem = str(error)
+        if problem:
+            report.reject(raw.where, problem)
+            first_problem = first_problem or f"{raw.where}: {problem}"
     if report.num_rows == num_before:
         raise DataError(f"dataset {dataset} is empty; it needs at least one row")
     if not rows:
-        raise DataError(f"dataset {dataset}: none of its rows is usable, the first: {report.skipped[-1]}")
+        raise DataError(f"dataset {dataset}: none of its rows is usable, the first: {first_problem}")
     return rows
 
 

@@ -14,7 +14,7 @@ from fsdp_qlora.errors import DataError
 MAX_ROW_BYTES = 8_000_000
 """A longer row is a broken file (a missing line end), not an example."""
 
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class RawRow(NamedTuple):

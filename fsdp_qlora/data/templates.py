@@ -9,9 +9,8 @@ exactly what the template gives for the real messages, which is checked for ever
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from typing import Any, TypeAlias
 
 import jinja2
@@ -29,8 +28,15 @@ HOLE = "\0"
 SENTINEL = re.compile(r"zq(\d+)slotqz")
 REASONING_TAG = re.compile(r"(</?think>)")
 
-# A template that prints today's date would give other tokens after a resume or on a rank past midnight.
-FIXED_DATE = datetime(2025, 1, 1)
+FIXED_DATE = """{%- macro strftime_now(format) -%}
+{{ format | replace("%Y", "2025") | replace("%m", "01") | replace("%d", "01") | replace("%b", "Jan") \
+| replace("%B", "January") | replace("%y", "25") | replace("%A", "Wednesday") | replace("%a", "Wed") }}
+{%- endmacro %}
+"""
+"""Put before templates that print today's date, which would give other tokens after a resume or past midnight.
+
+(Functions cannot be passed to a template: transformers turns them into strings.)
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,8 @@ class ChatRenderer:
                 "rendered: use an instruct/chat model, or rows of the form 'prompt_completion' or 'text'"
             )
         self._tokenizer = tokenizer
+        template = tokenizer.get_chat_template()
+        self._template = FIXED_DATE + template if "strftime_now" in template else template
         self._skeletons: dict[Shape, Skeleton] = {}
         self.control_tokens = special_tokens(tokenizer)
         self._generation_prompt = self._find_generation_prompt()
@@ -119,9 +127,10 @@ class ChatRenderer:
 
     def _apply(self, messages: Sequence[Message], **kwargs: Any) -> str:
         """Render by the tokenizer's template, with a fixed date."""
-        clock: Callable[[str], str] = FIXED_DATE.strftime
         try:
-            rendered = self._tokenizer.apply_chat_template(list(messages), tokenize=False, strftime_now=clock, **kwargs)
+            rendered = self._tokenizer.apply_chat_template(
+                list(messages), chat_template=self._template, tokenize=False, **kwargs
+            )
         except jinja2.TemplateError as error:
             raise DataError(f"the chat template refuses the conversation: {error}") from error
         assert isinstance(rendered, str)

@@ -62,6 +62,9 @@ class Encoder:
         self._all_targets = all_targets
         self._is_control = np.zeros(len(tokenizer), dtype=bool)
         self._is_control[[tokenizer.convert_tokens_to_ids(token) for token in control_tokens]] = True
+        self._is_control_for_sure = self._is_control.copy()
+        if tokenizer.unk_token_id is not None:
+            self._is_control_for_sure[tokenizer.unk_token_id] = False  # it also stands for unknown characters
         self._integers = list(range(len(tokenizer)))
         self._adds_bos = tokenizer("a")["input_ids"][0] == tokenizer.bos_token_id
 
@@ -94,12 +97,12 @@ class Encoder:
 
     def _example(self, document: Document, ids: list[int], offsets: Offsets) -> Example | DataError:
         pieces = document.pieces
-        if self._contents_hold_control_tokens(pieces, ids, offsets):
+        if contents_hold(self._is_control, pieces, ids, offsets):
             pieces = tuple(self._rename_control_tokens(piece) for piece in pieces)
             text = "".join(piece.text for piece in pieces)
             encoding = self._renamed_tokenizer.encode(text, add_special_tokens=document.add_special_tokens)
             ids, offsets = encoding.ids, encoding.offsets
-            if self._contents_hold_control_tokens(pieces, ids, offsets):
+            if contents_hold(self._is_control_for_sure, pieces, ids, offsets):
                 return DataError("holds a control token that this tokenizer cannot encode as plain text; remove it")
         input_ids = [self._integers[i] for i in ids]  # shared int objects, a quarter of the memory of new ones
         labels = list(input_ids)
@@ -111,14 +114,6 @@ class Encoder:
             input_ids.append(eos)
             labels.append(eos)
         return Example(input_ids, labels)
-
-    def _contents_hold_control_tokens(self, pieces: Sequence[Piece], ids: list[int], offsets: Offsets) -> bool:
-        is_control = self._is_control[np.array(ids, dtype=np.int64)]
-        if not is_control.any():
-            return False
-        contents = spans_of(pieces, lambda piece: not piece.literal)
-        starts, ends = np.array(offsets, dtype=np.int64)[is_control].T
-        return any(bool(((starts >= a) & (starts < b) & (ends > starts)).any()) for a, b in contents)
 
     def _rename_control_tokens(self, piece: Piece) -> Piece:
         if not piece.literal:
@@ -156,6 +151,16 @@ class Encoder:
         for old, new in names.items():
             assert renamed.token_to_id(new) == self._tokenizer.convert_tokens_to_ids(old), f"{old!r} changed its id"
         return renamed
+
+
+def contents_hold(chosen_V: npt.NDArray[np.bool_], pieces: Sequence[Piece], ids: list[int], offsets: Offsets) -> bool:
+    """Return whether a token whose entry in the table is true, by id, begins inside a content."""
+    chosen = chosen_V[np.array(ids, dtype=np.int64)]
+    if not chosen.any():
+        return False
+    starts, ends = np.array(offsets, dtype=np.int64)[chosen].T
+    contents = spans_of(pieces, lambda piece: not piece.literal)
+    return any(bool(((starts >= a) & (starts < b) & (ends > starts)).any()) for a, b in contents)
 
 
 def spans_of(pieces: Sequence[Piece], chosen: Callable[[Piece], bool]) -> list[tuple[int, int]]:

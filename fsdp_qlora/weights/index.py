@@ -98,9 +98,24 @@ def read_header(path: Path) -> dict[str, TensorEntry]:
     header.pop("__metadata__", None)
     data_start = 8 + header_size
     entries = {name: _entry(path, name, info, data_start, size - data_start) for name, info in header.items()}
-    if sum(entry.size_bytes for entry in entries.values()) != size - data_start:
-        raise WeightsError(f"{path}: tensors and file size do not agree; the file is damaged: download it again")
+    _check_coverage(path, entries, data_start, size)
     return entries
+
+
+def _check_coverage(path: Path, entries: Mapping[str, TensorEntry], start: int, stop: int) -> None:
+    """Raise WeightsError unless the tensors fill bytes [start, stop) of the file, each byte once."""
+    position = start
+    for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.size_bytes)):
+        if entry.start != position:
+            raise WeightsError(
+                f"{path}: tensor '{entry.name}' begins at byte {entry.start - start} of the data instead of"
+                f" {position - start}; the file is damaged: download it again"
+            )
+        position += entry.size_bytes
+    if position != stop:
+        raise WeightsError(
+            f"{path}: {stop - position} bytes after the last tensor; the file is damaged: download it again"
+        )
 
 
 def _files(folder: Path) -> dict[Path, set[str] | None]:
@@ -114,7 +129,11 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
             f"{folder}: neither model.safetensors nor model.safetensors.index.json; only safetensors weights are read"
             " (pickle files such as .bin or .pt are refused: convert them with save_pretrained)"
         )
-    weight_map = _parse_json(index_path.read_bytes(), index_path, "the index").get("weight_map")
+    try:
+        text = index_path.read_bytes()
+    except OSError as error:
+        raise WeightsError(f"{index_path}: cannot be read ({error.strerror}); download the model again") from error
+    weight_map = _parse_json(text, index_path, "the index").get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise WeightsError(f"{index_path}: no weight_map; download the file again")
     files: dict[Path, set[str] | None] = {}

@@ -40,7 +40,7 @@ class Reader:
         """Return elements [start, stop) of a tensor in storage order, as a 1-D CPU tensor of its dtype.
 
         Raises:
-            WeightsError: no such tensor, or the file ends early.
+            WeightsError: no such tensor, or the file cannot be read or ends early.
         """
         entry = self.entry(name)
         itemsize = entry.dtype.itemsize
@@ -65,11 +65,16 @@ class Reader:
         return str(next(iter(self.tensors.values())).file.parent) if self.tensors else "empty checkpoint"
 
     def _fill(self, entry: TensorEntry, position: int, data: Tensor) -> None:
-        if entry.file not in self._files:
-            self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
-        view = memoryview(data.numpy())  # type: ignore[arg-type]
-        while view:
-            count = os.preadv(self._files[entry.file], [view], position)
-            if count <= 0:
-                raise WeightsError(f"{entry.file}: ends inside tensor '{entry.name}'; download the file again")
-            view, position = view[count:], position + count
+        try:
+            if entry.file not in self._files:
+                self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
+            view = memoryview(data.numpy())  # type: ignore[arg-type]
+            while view:
+                count = os.preadv(self._files[entry.file], [view], position)
+                if count <= 0:
+                    raise WeightsError(f"{entry.file}: ends inside tensor '{entry.name}'; download the file again")
+                view, position = view[count:], position + count
+        except OSError as error:
+            raise WeightsError(
+                f"{entry.file}: tensor '{entry.name}' cannot be read ({error.strerror}); check the disk and the file"
+            ) from error

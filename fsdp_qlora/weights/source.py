@@ -7,17 +7,19 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.families import Family
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
-from fsdp_qlora.quant.nf4 import nested_code
+from fsdp_qlora.quant.nf4 import nested_code, weight_code
 from fsdp_qlora.weights.index import TensorEntry
 from fsdp_qlora.weights.reader import Reader
 
 STATE_KEY = ".quant_state.bitsandbytes__"
+CPU = torch.device("cpu")
 STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 
 
@@ -95,15 +97,23 @@ def check_quantized(reader: Reader, name: str, layout: Layout) -> QuantState:
             f"{entry.file}: '{name}' is {state.quant_type} {list(state.shape)}, double quantisation {state.double_quant};"
             f" expected {layout.quant_type} {list(expected[0])}, {layout.double_quant}"
         )
-    sizes = [(name, layout.codes.size), (name + ".absmax", layout.absmax.size)]
+    parts = [(name, torch.uint8, layout.codes.size)]
+    maps = [(name + ".quant_map", weight_code(layout.quant_type, CPU))]
     if layout.double_quant:
-        sizes.append((name + ".nested_absmax", layout.nested_absmax.size))
-        code = reader.read(name + ".nested_quant_map")
-        if not code.equal(nested_code(code.device)):
-            raise WeightsError(f"{entry.file}: '{name}' uses an unknown map for its scales; quantise it again")
-    for part, size in sizes:
-        if reader.entry(part).size_bytes != size:
-            raise WeightsError(f"{entry.file}: '{part}' has {reader.entry(part).size_bytes} bytes instead of {size}")
+        parts += [(name + ".absmax", torch.uint8, layout.absmax.size)]
+        parts += [(name + ".nested_absmax", torch.float32, layout.nested_absmax.size)]
+        maps += [(name + ".nested_quant_map", nested_code(CPU))]
+    else:
+        parts += [(name + ".absmax", torch.float32, layout.absmax.size)]
+    for part, dtype, size in parts:
+        found = reader.entry(part)
+        if (found.dtype, found.size_bytes) != (dtype, size):
+            raise WeightsError(
+                f"{found.file}: '{part}' has {found.size_bytes} bytes of {found.dtype} instead of {size} of {dtype}"
+            )
+    for part, code in maps:
+        if not reader.read(part).equal(code):
+            raise WeightsError(f"{reader.entry(part).file}: '{part}' is not bitsandbytes' own code; quantise it again")
     return state
 
 

@@ -29,6 +29,7 @@ from fsdp_qlora.trainer import Trainer
 
 LORA = LoraSettings(rank=8, alpha=16.0)
 NF4 = QuantSettings()
+PARTS = ("lora_A", "lora_B")
 
 
 @dataclass
@@ -66,20 +67,22 @@ def load_pair(
     if not zero_lora_B:
         generator = torch.Generator().manual_seed(1)
         for linear in lora_linears(ours.root):
+            if linear.lora_B is None:
+                continue
             value = local(linear.lora_B)
             value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    every = lora.target_modules == "all-linear"
     config = LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules="all-linear",
+        target_modules="all-linear" if every else lora.target_modules.split(","),
         task_type="CAUSAL_LM",
     )
     # in train mode for good: in eval mode bitsandbytes repacks the weights of some CPUs and computes in bf16
     peft = get_peft_model(load_base(folder, quant, dtype), config).train()
     named = dict(peft.named_parameters())
     for linear in lora_linears(ours.root):
-        for part in ("lora_A", "lora_B"):
+        for part in PARTS if linear.lora_A is not None else ():
             named[peft_name(linear.name, part)].data.copy_(local(getattr(linear, part)))
     return Pair(folder, ours, peft)
 
@@ -96,20 +99,21 @@ def local(parameter: Tensor | None) -> Tensor:
     return value.to_local() if isinstance(value, DTensor) else value
 
 
-def base_weights(built: BuiltModel) -> dict[str, Tensor]:
-    """Return every dequantised matrix of fsdp_qlora's base by the layer's name."""
-    linears = lora_linears(built.root)
-    return {linear.name: dequantize(local(linear.packed), linear.layout, torch.float32, "forward") for linear in linears}
-
-
-def reference_base_weights(peft: PeftModel) -> dict[str, Tensor]:
-    """Return every dequantised matrix of the reference's base by the layer's name."""
-    weights = {}
-    for name, module in peft.named_modules():
-        if isinstance(module, bnb.nn.Linear4bit):
-            weight = bnb.functional.dequantize_4bit(module.weight.data, module.weight.quant_state)
-            weights[name.removeprefix("base_model.model.").removesuffix(".base_layer")] = weight
-    return weights
+def differing_base_weights(pair: Pair) -> list[str]:
+    """Return the layers whose dequantised matrices are not bitwise equal, or that only one of the two has."""
+    found = {linear.name: linear for linear in lora_linears(pair.ours.root)}
+    expected = {
+        name.removeprefix("base_model.model.").removesuffix(".base_layer"): module.weight
+        for name, module in pair.peft.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    }
+    wrong = sorted(set(found) ^ set(expected))
+    for name in set(found) & set(expected):
+        linear, weight = found[name], expected[name]
+        matrix = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
+        if not dequantize(local(linear.packed), linear.layout, matrix.dtype, "forward").equal(matrix):
+            wrong.append(name)
+    return wrong
 
 
 def random_ids(batch: int, tokens: int, vocab_size: int, seed: int = 0) -> Tensor:
@@ -188,7 +192,7 @@ def our_gradients(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Gradien
     loss.backward()
     grads = {}
     for linear in lora_linears(built.root):
-        for part in ("lora_A", "lora_B"):
+        for part in PARTS if linear.lora_A is not None else ():
             parameter = getattr(linear, part)
             grads[peft_name(linear.name, part)] = local(parameter.grad).clone()
             parameter.grad = None
@@ -206,7 +210,7 @@ def reference_gradients(peft: PeftModel, ids: Tensor) -> Gradients:
 
 def relative_difference(found: Tensor, expected: Tensor) -> float:
     """Return the largest difference divided by the largest expected magnitude."""
-    return float((found - expected).abs().max() / expected.abs().max())
+    return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
 def max_gradient_difference(found: Gradients, expected: Gradients) -> float:

