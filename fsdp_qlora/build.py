@@ -16,12 +16,12 @@ from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
-from fsdp_qlora.parallel import LossModel, device_allocator, parallelize
+from fsdp_qlora.parallel import LossModel, MemorySettings, allocator, parallelize
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_index
-from fsdp_qlora.weights.loader import Loader, LoadReport
+from fsdp_qlora.weights.loader import Loader, LoadReport, check_tensors
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import check_complete, detect_quantization, model_names
 
@@ -62,8 +62,7 @@ def build_model(
     lora: LoraSettings | None,
     dtype: torch.dtype,
     *,
-    cpu_offload: bool = False,
-    activation_checkpointing: bool = True,
+    memory: MemorySettings | None = None,
     seed: int = 0,
     adapter: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
@@ -76,6 +75,7 @@ def build_model(
         folder: config.json and safetensors weights, in 16 or 32 bits or quantised by bitsandbytes.
         quant: wanted form of the base; a quantised checkpoint keeps its own type.
         lora: the adapters to add.
+        memory: what rests where; default: all on the device, nothing computed again.
         adapter: values for them (adapters.read_adapter); default: PEFT's initial values.
         progress: called with (units loaded, units in all).
         shard: hand the parameters to FSDP, as training does.
@@ -99,13 +99,13 @@ def build_model(
             quant,
             lora,
             dtype,
-            cpu_offload=cpu_offload,
-            activation_checkpointing=activation_checkpointing,
+            memory or MemorySettings(),
             shard=shard,
         )
+        check_tensors(reader, parallelized.root, parallelized.names)
         if adapter is not None:
             check_adapter(adapter, list(lora_linears(parallelized.root)))
-    allocate = device_allocator(ranks.device, parallelized.offloaded)
+    allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:
         loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter)
         report = loader.load(parallelized.units, progress)

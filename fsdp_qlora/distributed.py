@@ -119,6 +119,18 @@ def make_mesh(device: torch.device, world_size: int, sharding: str) -> DeviceMes
     return init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("replicate", "shard"))
 
 
+def all_gather_single(output: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `output` with the ranks' equal pieces, one after the other (torch renamed the operation in 2.13)."""
+    gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+    gather(output, local, group=group)
+
+
+def reduce_scatter_single(output: torch.Tensor, pieces: torch.Tensor, group: dist.ProcessGroup) -> None:
+    """Fill `output` with this rank's piece of the sum of everyone's `pieces` (renamed likewise)."""
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+    scatter(output, pieces, group=group)
+
+
 def sum_over_ranks(value: int | float) -> float:
     """Return the sum of a number over all ranks (float64: exact for token counts).
 

@@ -58,7 +58,6 @@ def answer(config: GenerateConfig) -> str:
             QuantSettings(),
             lora,
             compute_dtype(config.precision, ranks.device),
-            activation_checkpointing=False,
             adapter=matrices,
             shard=False,
             attention=generation_attention(base_folder),

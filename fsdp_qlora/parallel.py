@@ -5,40 +5,20 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, OffloadPolicy, fully_shard
-from torch.utils.checkpoint import checkpoint
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.checkpointing import CheckpointedBlock, HiddenStore
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.loss import chunked_cross_entropy
+from fsdp_qlora.memory import HostArena
 from fsdp_qlora.models.skeleton import Skeleton
+from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
-
-
-class CheckpointedBlock(nn.Module):
-    """A decoder block of which only the input is kept; backward runs it again."""
-
-    def __init__(self, block: nn.Module, preserve_rng_state: bool) -> None:
-        super().__init__()
-        self.block = block
-        self.preserve_rng_state = preserve_rng_state
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Run the block; arguments and results are the block's own."""
-        if not torch.is_grad_enabled():
-            return self.block(*args, **kwargs)
-        return checkpoint(self.block, *args, use_reentrant=False, preserve_rng_state=self.preserve_rng_state, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Look up what transformers reads off a block (such as its attention type) on the block."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("block"), name)
 
 
 class LossModel(nn.Module):
@@ -78,15 +58,33 @@ class LossModel(nn.Module):
         return {"loss": self._loss(targets, target_ids)}
 
     def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        # The head is gathered by hand: through FSDP's hooks it would be gathered once more in backward, for nothing.
-        if isinstance(self.vocabulary, FSDPModule):
-            self.vocabulary.unshard()
-        head = self.vocabulary.weight
+        head = self.vocabulary.gather() if isinstance(self.vocabulary, ShardedVocabulary) else self.vocabulary.weight
         assert isinstance(head, Tensor)
-        loss = chunked_cross_entropy(hidden, head, labels, self.softcap)
-        if isinstance(self.vocabulary, FSDPModule):
-            self.vocabulary.reshard()
-        return loss
+        return chunked_cross_entropy(hidden, head, labels, self.softcap)
+
+
+@dataclass(frozen=True)
+class MemorySettings:
+    """Where things rest between uses, and what backward computes again.
+
+    Attributes:
+        offload_blocks: decoder blocks whose 4-bit weights rest in pinned CPU memory.
+        offload_vocabulary: whether embedding and head rest there.
+        offload_lora: whether the LoRA matrices of the offloaded blocks, with gradients and optimizer state, rest there.
+        checkpoint_blocks: decoder blocks that backward runs again instead of keeping their activations.
+        offload_activations: whether the inputs of those blocks wait for backward in pinned CPU memory.
+    """
+
+    offload_blocks: int = 0
+    offload_vocabulary: bool = False
+    offload_lora: bool = False
+    checkpoint_blocks: int = 0
+    offload_activations: bool = False
+
+
+def spread(count: int, total: int) -> list[bool]:
+    """Return which `count` of `total` blocks are chosen: evenly spread, so that copies and computation alternate."""
+    return [(index + 1) * count // total > index * count // total for index in range(total)]
 
 
 @dataclass
@@ -95,15 +93,15 @@ class Parallelized:
 
     Attributes:
         root: the module to call.
-        units: what is loaded, sharded and gathered together, in the order of use.
+        units: what is loaded together, in the order of use.
         names: name in transformers' model of each module that owns parameters.
-        offloaded: the modules whose parameters rest in CPU memory.
+        offloaded: the parameters that rest in CPU memory, as (module, name).
     """
 
     root: LossModel
     units: list[nn.Module]
     names: dict[nn.Module, str]
-    offloaded: set[nn.Module] = field(default_factory=set)
+    offloaded: set[tuple[nn.Module, str]] = field(default_factory=set)
 
 
 def parallelize(
@@ -112,47 +110,100 @@ def parallelize(
     quant: QuantSettings,
     lora: LoraSettings | None,
     dtype: torch.dtype,
+    memory: MemorySettings,
     *,
-    cpu_offload: bool,
-    activation_checkpointing: bool,
     shard: bool = True,
 ) -> Parallelized:
     """Apply, in this order: quantise -> adapt -> activation checkpointing -> shard. All on the meta device.
 
     Args:
         skeleton: the model; changed in place.
+        memory: what rests where, and what is computed again.
         shard: hand the parameters to FSDP; without, the model is a plain one (for generation in one process).
-        cpu_offload: keep sharded parameters in pinned CPU memory between uses.
-        activation_checkpointing: keep only each block's input for backward.
 
     Raises:
         ModelError: a LoRA target that matches nothing.
         ConfigError: a quant_storage that FSDP would corrupt.
     """
     quantize_and_adapt(skeleton, quant, lora, dtype)
+    if not shard:
+        names = {module: name for name, module in skeleton.model.named_modules()}
+        root = LossModel(skeleton)
+        return Parallelized(root, [skeleton.embedding, *skeleton.blocks, root], names)
+    _shard_vocabulary(skeleton, ranks)
     names = {module: name for name, module in skeleton.model.named_modules()}
     blocks = skeleton.blocks
-    if activation_checkpointing:
-        for index, block in enumerate(blocks):
-            blocks[index] = CheckpointedBlock(block, preserve_rng_state=lora is not None and lora.dropout > 0)
+    store = HiddenStore(memory.offload_activations)
+    for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
+        if checkpointed:
+            repeat_random = lora is not None and lora.dropout > 0
+            blocks[index] = CheckpointedBlock(blocks[index], index, store, repeat_random)
     root = LossModel(skeleton)
+    offloaded = _fully_shard(root, blocks, ranks, memory)
+    if memory.offload_vocabulary:
+        offloaded |= {(skeleton.embedding, "weight"), (skeleton.vocabulary, "weight")}
     units = [skeleton.embedding, *blocks, *([] if skeleton.tied else [skeleton.vocabulary]), root]
-    if not shard:
-        return Parallelized(root, units, names)
-    if skeleton.tied:
-        # FSDP would take the shared weight for a parameter of the root's own; the loss reads it off the embedding
-        skeleton.model.lm_head = nn.Identity()
-    for block in blocks:
-        _refuse_corrupting_storage(block)
-    policy: OffloadPolicy = OffloadPolicy()
-    if cpu_offload:
-        policy = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda")
-    for unit in units:
-        # Parameters keep their dtypes (no MixedPrecisionPolicy): a policy that casts would destroy packed bytes.
-        fully_shard(unit, mesh=ranks.mesh, offload_policy=policy)
-    _configure_fsdp(root, blocks)
-    offloaded = set(root.modules()) if cpu_offload else set()
     return Parallelized(root, units, names, offloaded)
+
+
+def _shard_vocabulary(skeleton: Skeleton, ranks: Ranks) -> None:
+    """Replace embedding and head by row-sharded ones, one for both where they are tied."""
+    embedding = skeleton.embedding
+    scale = getattr(embedding, "embed_scale", None)
+
+    def sharded(weight: Tensor, scale: Tensor | None = None) -> ShardedVocabulary:
+        num_rows, width = weight.shape
+        return ShardedVocabulary(num_rows, width, weight.dtype, ranks.shard, ranks.shard_group, ranks.device, scale)
+
+    assert isinstance(embedding.weight, Tensor)
+    skeleton.model.model.embed_tokens = sharded(embedding.weight, scale)
+    skeleton.model.lm_head = nn.Identity() if skeleton.tied else sharded(skeleton.model.lm_head.weight)
+
+
+def _fully_shard(
+    root: LossModel, blocks: nn.ModuleList, ranks: Ranks, memory: MemorySettings
+) -> set[tuple[nn.Module, str]]:
+    """Make every block and the root (final norm) an FSDP unit; return the parameters that rest in CPU memory.
+
+    Parameters keep their dtypes (no MixedPrecisionPolicy): a policy that casts would destroy packed bytes.
+    """
+    vocabularies = [module for module in root.modules() if isinstance(module, ShardedVocabulary)]
+    offloaded: set[tuple[nn.Module, str]] = set()
+    for block, offload in zip(blocks, spread(memory.offload_blocks, len(blocks)), strict=True):
+        _refuse_corrupting_storage(block)
+        fully_shard(block, mesh=ranks.mesh)
+        if offload:
+            offloaded |= _offload(block, ("packed", "lora_A", "lora_B") if memory.offload_lora else ("packed",), ranks)
+    fully_shard(root, mesh=ranks.mesh, ignored_params={vocabulary.weight for vocabulary in vocabularies})
+    for module in root.modules():
+        if isinstance(module, FSDPModule):
+            # the loss is already divided by the global number of targets: gradients are summed, not averaged
+            module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)
+    sharded = [block for block in blocks if isinstance(block, FSDPModule)]
+    for current, following in itertools.pairwise(sharded):
+        current.set_modules_to_forward_prefetch([following])
+        following.set_modules_to_backward_prefetch([current])
+    return offloaded
+
+
+def _offload(block: nn.Module, names: tuple[str, ...], ranks: Ranks) -> set[tuple[nn.Module, str]]:
+    """Let the named parameters of an FSDP unit rest in CPU memory, and return them.
+
+    FSDP's CPUOffloadPolicy is for whole units and its bookkeeping for parameters; only the latter can leave the small LoRA
+    matrices and their optimizer state on the GPU.
+    """
+    assert isinstance(block, FSDPModule)
+    group = block._get_fsdp_state()._fsdp_param_group
+    assert group is not None
+    offloaded = set()
+    for parameter in group.fsdp_params:
+        info = parameter._module_info
+        if info.param_name in names:
+            offloaded.add((info.module, info.param_name))
+            parameter.offload_to_cpu = True
+            parameter.pin_memory = ranks.device.type == "cuda"
+    return offloaded
 
 
 def _refuse_corrupting_storage(block: nn.Module) -> None:
@@ -170,24 +221,23 @@ def _refuse_corrupting_storage(block: nn.Module) -> None:
         )
 
 
-def _configure_fsdp(root: nn.Module, blocks: nn.ModuleList) -> None:
-    """Sum gradients over ranks (the loss is already divided by the global token count); prefetch the next block."""
-    for module in root.modules():
-        if isinstance(module, FSDPModule):
-            module.set_gradient_divide_factor(1.0)
-            module.set_force_sum_reduction_for_comms(True)
-    sharded = [block for block in blocks if isinstance(block, FSDPModule)]
-    for current, following in itertools.pairwise(sharded):
-        current.set_modules_to_forward_prefetch([following])
-        following.set_modules_to_backward_prefetch([current])
+def local_bytes(module: nn.Module, name: str) -> int:
+    """Return the bytes of this rank's part of a parameter."""
+    parameter = getattr(module, name)
+    local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    return int(local.numel() * local.itemsize)
 
 
-def device_allocator(device: torch.device, offloaded: set[nn.Module]) -> Callable[..., Tensor]:
-    """Return the allocator for the loader: CPU memory for offloaded modules, the device for the others."""
+def allocator(
+    device: torch.device, offloaded: set[tuple[nn.Module, str]]
+) -> Callable[[nn.Module, str, torch.Size, torch.dtype], Tensor]:
+    """Return the loader's allocator: one pinned arena for the offloaded parameters, the device for the others."""
+    size = sum(HostArena.padded(local_bytes(module, name)) for module, name in offloaded)
+    arena = HostArena(size, pinned=device.type == "cuda")
 
-    def allocate(module: nn.Module, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        if module not in offloaded:
-            return torch.empty(shape, dtype=dtype, device=device)
-        return torch.empty(shape, dtype=dtype, pin_memory=device.type == "cuda")
+    def allocate(module: nn.Module, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+        if (module, name) in offloaded:
+            return arena.take(shape, dtype)
+        return torch.empty(shape, dtype=dtype, device=device)
 
     return allocate

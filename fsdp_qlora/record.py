@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import platform
+import shlex
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,6 +16,7 @@ from fsdp_qlora.adapters import write_file
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.settings import show
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "huggingface_hub", "datasets")
 
@@ -41,7 +43,8 @@ def _versions() -> dict[str, str]:
 def command(config: TrainConfig, ranks: Ranks) -> str:
     """Return the command that repeats the run: the settings that differ from their defaults."""
     defaults = to_dict(TrainConfig())
-    flags = [f"--{name} {value}" for name, value in to_dict(config).items() if value != defaults[name]]
+    changed = {name: value for name, value in to_dict(config).items() if value != defaults[name]}
+    flags = [f"--{name} {shlex.quote(show(value))}" for name, value in changed.items()]
     start = f"torchrun --nproc_per_node {ranks.world_size} train.py" if ranks.world_size > 1 else "python train.py"
     return " ".join([start, *flags])
 

@@ -24,6 +24,7 @@ from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
+from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, prepare_output_dir, write_record
 
@@ -267,8 +268,7 @@ def _load_model(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSetti
         quant,
         lora,
         compute_dtype(config.precision, ranks.device),
-        cpu_offload=config.cpu_offload == "all",
-        activation_checkpointing=config.activation_checkpointing == "full",
+        memory=_memory_settings(config, folder),
         seed=config.seed,
         progress=progress,
     )
@@ -281,6 +281,17 @@ def _load_model(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSetti
         f" {built.report.seconds:.1f} s{checked}",
     )
     return built
+
+
+def _memory_settings(config: TrainConfig, folder: Path) -> MemorySettings:
+    num_blocks = read_config(folder)[0].num_hidden_layers
+    offload = config.cpu_offload == "all"
+    return MemorySettings(
+        offload_blocks=num_blocks if offload else 0,
+        offload_vocabulary=offload,
+        offload_lora=offload,
+        checkpoint_blocks=num_blocks if config.activation_checkpointing == "full" else 0,
+    )
 
 
 def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None:

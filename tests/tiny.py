@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from fsdp_qlora.parallel import MemorySettings
+
 COMMON: dict[str, Any] = {
     "vocab_size": 320,
     "hidden_size": 64,
@@ -69,3 +71,17 @@ def save_tiny(family: str, folder: Path, dtype: torch.dtype = torch.float32, see
             parameter.add_(torch.randn_like(parameter) * (0.05 if "norm" in name else 0.1))
     model.to(dtype).save_pretrained(folder)
     return folder
+
+
+def memory(
+    *, cpu_offload: bool = False, activation_checkpointing: bool = False, activation_offload: bool = False
+) -> MemorySettings:
+    """Return the memory settings of a tiny model: everything offloaded or checkpointed, or nothing."""
+    blocks = COMMON["num_hidden_layers"]
+    return MemorySettings(
+        offload_blocks=blocks if cpu_offload else 0,
+        offload_vocabulary=cpu_offload,
+        offload_lora=cpu_offload,
+        checkpoint_blocks=blocks if activation_checkpointing else 0,
+        offload_activations=activation_offload,
+    )

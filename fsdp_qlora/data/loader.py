@@ -136,9 +136,12 @@ class Loader:
         batches = []
         for micro in range(self.gradient_accumulation_steps):
             global_micro = index * self.gradient_accumulation_steps + micro
-            first = (global_micro * self.world_size + self.rank) * self.batch_size
-            rows = sequences[first : first + self.batch_size]
-            batches.append(self._collate(rows + [[]] * (self.batch_size - len(rows))))
+            first = global_micro * self.world_size * self.batch_size
+            everyone = sequences[first : first + self.world_size * self.batch_size]
+            rows = everyone[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
+            # the same on all ranks, which work in step with each other anyway, so that they can exchange equal pieces
+            row_length = self._row_length(max((int(self._lengths[row].sum()) for row in everyone), default=0))
+            batches.append(self._collate(rows + [[]] * (self.batch_size - len(rows)), row_length))
         return batches
 
     def stats(self, epoch: int = 0) -> LoaderStats:
@@ -148,7 +151,8 @@ class Loader:
         if self.packing:
             efficiency = packing_efficiency(lengths, len(sequences), self.context_length)
         else:
-            groups = [lengths[i : i + self.batch_size] for i in range(0, len(lengths), self.batch_size)]
+            together = self.batch_size * self.world_size
+            groups = [lengths[i : i + together] for i in range(0, len(lengths), together)]
             padded = sum(len(group) * self._row_length(max(group)) for group in groups)
             efficiency = sum(lengths) / padded if padded else 1.0
         return LoaderStats(
@@ -181,9 +185,8 @@ class Loader:
         rounded = -(-max(longest, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
         return min(rounded, self.context_length)
 
-    def _collate(self, rows: list[list[int]]) -> Batch:
+    def _collate(self, rows: list[list[int]], row_length: int) -> Batch:
         """Build a batch of rows, each a list of examples; an empty one becomes a row of padding."""
-        row_length = self._row_length(max(int(self._lengths[row].sum()) for row in rows))
         shape = (len(rows), row_length)
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORE, dtype=np.int64)

@@ -73,7 +73,7 @@ def _flash(
     from torch.nn.attention.varlen import varlen_attn
 
     # torch 2.11 shares key and value heads without being told, later versions want to be
-    grouped = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out = varlen_attn(
         q_NHD,

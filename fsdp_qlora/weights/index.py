@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -68,7 +69,7 @@ def _entry(path: Path, name: str, info: Any, data_start: int, data_size: int) ->
         dtype = DTYPES[info["dtype"]]
         shape = tuple(int(size) for size in info["shape"])
         begin, end = (int(offset) for offset in info["data_offsets"])
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError) as error:
         raise WeightsError(f"{path}: tensor '{name}' has an unreadable header entry {info!r}") from error
     size = dtype.itemsize
     for dimension in shape:
@@ -146,7 +147,8 @@ def _files(folder: Path) -> dict[Path, set[str] | None]:
         promised = files.setdefault(folder / name, set())
         assert promised is not None
         promised.add(tensor)
-    missing = sorted(path.name for path in files if not path.exists())
+    # unlike Path.exists, this is False for a name that no file can have
+    missing = sorted(path.name for path in files if not os.path.exists(path))
     if missing:
         raise WeightsError(f"{folder}: {', '.join(missing)} named by the index is missing; finish the download")
     return files

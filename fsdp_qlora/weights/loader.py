@@ -18,12 +18,13 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
 from fsdp_qlora.quant.nf4 import pack_statistics, quantize_blocks
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.reader import Reader
-from fsdp_qlora.weights.source import check_quantized, check_shape, is_quantized, require_finite
+from fsdp_qlora.weights.source import check_quantized, check_shape, is_quantized, read_quant_state, require_finite
 
 BLOCK_BYTES = BLOCKSIZE // 2
 
@@ -41,14 +42,34 @@ class LoadReport:
     fingerprints: dict[str, int] = field(default_factory=dict)
 
 
+def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str]) -> None:
+    """Raise WeightsError unless each tensor has the shape and dtype of the parameter it is for; reads no weights."""
+    for module in root.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            if isinstance(module, LoRALinear) and name.startswith("lora_"):
+                continue
+            if not isinstance(module, LoRALinear) or name != "packed":
+                check_shape(reader, f"{names[module]}.{name}", _full_shape(module, parameter))
+            elif is_quantized(reader.tensors, f"{module.name}.weight"):
+                check_quantized(reader, f"{module.name}.weight", module.layout)
+            else:
+                check_shape(reader, f"{module.name}.weight", (module.out_features, module.in_features))
+
+
+def _full_shape(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
+    if isinstance(module, ShardedVocabulary):
+        return (module.num_rows, parameter.shape[1])
+    return tuple(parameter.shape)
+
+
 class Loader:
     """Fills the parameters of a model on the meta device, sharded by FSDP or whole.
 
     Args:
-        reader: the checkpoint, by the model's own names.
+        reader: the checkpoint, by the model's own names; checked by `check_tensors`.
         ranks: whose shard to load.
         names: name in the model of each module that owns parameters.
-        allocate: returns the CPU or device memory that a module's parameter is to live in: (module, shape, dtype).
+        allocate: returns the CPU or device memory that a module's parameter is to live in: (module, name, shape, dtype).
         seed: seed of LoRA's initial values, the same at every world size.
         adapter: values of the LoRA matrices by '<layer name>.lora_A' / '.lora_B', instead of initial ones.
     """
@@ -58,7 +79,7 @@ class Loader:
         reader: Reader,
         ranks: Ranks,
         names: Mapping[nn.Module, str],
-        allocate: Callable[[nn.Module, torch.Size, torch.dtype], Tensor],
+        allocate: Callable[[nn.Module, str, torch.Size, torch.dtype], Tensor],
         seed: int,
         adapter: Mapping[str, Tensor] | None = None,
     ) -> None:
@@ -100,13 +121,13 @@ class Loader:
             setattr(module, name, self._filled[id(parameter)])
             return
         local_shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
-        target = self.allocate(module, local_shape, parameter.dtype)
+        target = self.allocate(module, name, local_shape, parameter.dtype)
         if isinstance(module, LoRALinear) and name == "packed":
             self._load_packed(module, target.view(torch.uint8))
         elif isinstance(module, LoRALinear) and name.startswith("lora_"):
             self._load_lora(module, name, target)
         else:
-            self._load_rows(f"{self.names[module]}.{name}", tuple(parameter.shape), target)
+            self._load_rows(f"{self.names[module]}.{name}", _full_shape(module, parameter)[0], target)
         filled = target
         if isinstance(parameter, DTensor):
             filled = torch.empty_like(parameter, device=target.device)
@@ -121,9 +142,8 @@ class Loader:
         start = min(self.ranks.shard * per_rank, num_rows)
         return start, min(start + per_rank, num_rows)
 
-    def _load_rows(self, name: str, shape: tuple[int, ...], target: Tensor) -> None:
-        check_shape(self.reader, name, shape)
-        start, stop = self._rows(shape[0])
+    def _load_rows(self, name: str, num_rows: int, target: Tensor) -> None:
+        start, stop = self._rows(num_rows)
         row_size = target[:1].numel() if target.numel() else 0
         values = self.reader.read(name, start * row_size, stop * row_size)
         require_finite(values, self.reader, name)
@@ -157,7 +177,7 @@ class Loader:
         target.copy_(flat)
 
     def _copy_quantized(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
-        state = check_quantized(self.reader, name, layout)
+        state = read_quant_state(self.reader, name)
         sections = [(layout.codes, name), (layout.absmax, name + ".absmax")]
         if layout.double_quant:
             sections.append((layout.nested_absmax, name + ".nested_absmax"))
@@ -165,6 +185,8 @@ class Loader:
             begin, end = max(start, section.start), min(start + flat.numel(), section.stop)
             if begin < end:
                 piece = self.reader.read_bytes(tensor, begin - section.start, end - section.start)
+                if self.reader.entry(tensor).dtype == torch.float32:
+                    require_finite(piece.view(torch.float32), self.reader, tensor)
                 flat[begin - start : end - start] = piece.to(flat.device)
         if layout.double_quant:
             offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
@@ -178,7 +200,6 @@ class Loader:
         absmax = torch.zeros(max(last - first, 0), dtype=torch.float32, device=flat.device)
         if count > 0:
             try:
-                check_shape(self.reader, name, (layout.out_features, layout.in_features))
                 weights = self.reader.read(name, first * BLOCKSIZE, first * BLOCKSIZE + count).to(flat.device)
                 require_finite(weights, self.reader, name)
                 codes, absmax = quantize_blocks(weights, layout.quant_type)

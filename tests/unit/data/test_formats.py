@@ -97,6 +97,7 @@ MALFORMED = {
     "late system": (chat(QUESTION, ("system", "x"), ANSWER), "message 2 is from system, expected assistant"),
     "question last": (chat(QUESTION, ANSWER, QUESTION), "the last message is from user"),
     "10 MB row": (chat(QUESTION, ("assistant", "x" * 10_000_000)), r"row of 10\.0 MB, the limit is 8 MB"),
+    "10 MB in another column": (line(GOOD | {"log": "x" * 10_000_000}), r"row of 10\.0 MB, the limit is 8 MB"),
     "invalid UTF-8": (chat(QUESTION, ("assistant", "abc")).replace(b"abc", b"\xff\xfe"), "invalid UTF-8 at byte"),
     "unpaired surrogate": (
         chat(QUESTION, ("assistant", "\ud800")),
@@ -147,6 +148,13 @@ def test_malformed_rows_of_other_forms(tmp_path: Path, dataset_format: str, colu
     path.write_bytes(line(columns))
     with pytest.raises(DataError, match=rf":1: .*{reason}"):
         load(path, dataset_format)
+
+
+def test_long_rows_of_files_without_lines(tmp_path: Path) -> None:
+    path = tmp_path / "data.json"
+    path.write_text(json.dumps([{"text": "fine"}, {"text": "x" * 10_000_000}]))
+    with pytest.raises(DataError, match=r"data\.json:2: row of 10\.0 MB, the limit is 8 MB"):
+        load(path)
 
 
 def test_unknown_columns(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 
 import jinja2
 import pytest
+import tokenizers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fsdp_qlora.data.templates import ChatRenderer
@@ -112,6 +113,23 @@ def test_reasoning_in_a_template_that_knows_none() -> None:
     tokenizer = tiny_tokenizer("mistral")
     (text,) = target_texts(tokenizer, encode(tokenizer, answer("<think>one</think>A")))
     assert text.strip() == "<think>one</think>A</s>"
+
+
+def test_an_answer_that_ends_with_reasoning() -> None:
+    tokenizer = tiny_tokenizer("chatml")
+    example = encode(tokenizer, answer("A <think>one</think>"))
+    assert target_texts(tokenizer, example) == ["A <think>one</think><|im_end|>"]
+
+
+def test_end_of_turn_that_is_an_added_token_but_not_a_special_one() -> None:
+    """Some tokenizers do not mark the tokens of their template as special; it writes them, so they are control tokens."""
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer("chatml").backend_tokenizer.to_str())
+    backend.add_tokens([tokenizers.AddedToken("<end>", special=False, normalized=False)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|endoftext|>")
+    tokenizer.chat_template = FAMILIES["chatml"].template.replace("<|im_end|>", "<end>")
+    example = encode(tokenizer, answer("no <end> here"))
+    assert target_texts(tokenizer, example) == ["no <end> here<end>"]
+    assert example.input_ids.count(tokenizer.convert_tokens_to_ids("<end>")) == 2
 
 
 @pytest.mark.parametrize("family", ["chatml", "llama3", "gemma"])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from fsdp_qlora.data.templates import Document, Piece, special_tokens
@@ -60,6 +60,16 @@ def test_a_token_across_the_edge_is_a_target() -> None:
     tokenizer = tiny_tokenizer("llama2")
     example = encode(tokenizer, completion("the us", "er"))
     assert tokenizer.decode([i for i in example.labels if i != IGNORE]) in (" user</s>", "user</s>")
+
+
+def test_spaces_that_the_offsets_leave_out_are_targets() -> None:
+    """Byte-level tokenizers like GPT-2's trim spaces from the spans that they report."""
+    backend = tokenizers.Tokenizer.from_str(tiny_tokenizer("llama2").backend_tokenizer.to_str())
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
+    assert tokenizer("a  ", return_offsets_mapping=True)["offset_mapping"][-1] == (3, 3)
+    example = encode(tokenizer, completion("What?  ", "x y  "))
+    assert tokenizer.decode([i for i in example.labels if i != IGNORE]) == "x y  </s>"
 
 
 def test_real_llama2_completion(llama2: PreTrainedTokenizerBase) -> None:

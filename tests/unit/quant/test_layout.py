@@ -31,7 +31,12 @@ def test_sections_are_aligned_and_do_not_overlap(layout: Layout) -> None:
 
 def test_sizes_count_what_bitsandbytes_stores() -> None:
     layout = Layout(257, 320)  # 82,240 weights: 1,285 blocks, the last of them whole; 6 runs of up to 256 scales
-    assert (layout.codes.size, layout.absmax.size, layout.nested_absmax.size, layout.offset.size) == (41120, 1285, 24, 4)
+    assert (layout.codes.size, layout.absmax.size, layout.nested_absmax.size, layout.offset.size) == (
+        41120,
+        1285,
+        24,
+        4,
+    )
     layout = Layout(257, 320, double_quant=False)
     assert (layout.absmax.size, layout.nested_absmax.size, layout.offset.size) == (4 * 1285, 0, 0)
     odd = Layout(5, 13)  # 65 weights: half a byte and 63 weights of the last block are not used

@@ -131,15 +131,6 @@ def test_no_dropout_in_eval_mode() -> None:
     assert_equal(run(layer, layer, x), expect(layer, x))
 
 
-def test_dropout_leaves_the_base_alone() -> None:
-    layer = make_layer(dropout=0.999)
-    layer.lora_B.data.mul_(1e-6)
-    x = random_input(6, IN)
-    assert_equal(run(layer, layer, x), run(make_layer(rank=0), make_layer(rank=0), x), tolerance=1e-3) if False else None
-    base = make_layer(rank=0)
-    torch.testing.assert_close(run(layer, layer, x).output, run(base, base, x).output, rtol=1e-3, atol=1e-3)
-
-
 def test_bf16_input_gives_bf16_output_and_float32_gradients() -> None:
     layer = make_layer(bias=True, dtype=torch.bfloat16)
     x = random_input(2, 16, IN, dtype=torch.bfloat16)
@@ -155,11 +146,8 @@ def test_non_contiguous_input_and_output_gradient() -> None:
     assert not x.is_contiguous()
     found = run(lambda t: layer(t).t(), layer, x)
     plain = make_layer()
-    y = random_input(IN, 6).t().detach().contiguous().requires_grad_()
-    expected = run(lambda t: plain(t).t(), plain, y)
-    torch.testing.assert_close(found.output, expected.output)
-    for name in NAMES:
-        torch.testing.assert_close(found.grads[name], expected.grads[name])
+    y = x.detach().contiguous().requires_grad_()
+    assert_equal(found, run(lambda t: plain(t).t(), plain, y))
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -248,10 +236,7 @@ def test_compiled_saves_no_matrix_and_computes_the_same(backend: str) -> None:
     assert max(sizes) < BIG_OUT * BIG_IN
     eager = run(lambda t: second(F.silu(layer(t))), layer, x)
     x.grad = layer.lora_A.grad = layer.lora_B.grad = None
-    found = run(compiled, layer, x)
-    torch.testing.assert_close(found.output, eager.output)
-    for name in NAMES:
-        torch.testing.assert_close(found.grads[name], eager.grads[name])
+    assert_equal(run(compiled, layer, x), eager)
 
 
 def test_initial_lora_A_is_pefts() -> None:

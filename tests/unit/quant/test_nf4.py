@@ -140,4 +140,6 @@ def test_compiled_dequantise_is_the_eager_one() -> None:
     layout = Layout(16, 64)
     packed = quantize_matrix(random_matrix((16, 64)), layout).view(torch.float32)
     compiled = torch.compile(dequantize, backend="aot_eager", fullgraph=True)
-    assert compiled(packed, layout, torch.float32, "forward").equal(dequantize(packed, layout, torch.float32, "forward"))
+    assert compiled(packed, layout, torch.float32, "forward").equal(
+        dequantize(packed, layout, torch.float32, "forward")
+    )

@@ -1,0 +1,130 @@
+"""Activation checkpointing of decoder blocks: keep a block's input, on the GPU or in pinned CPU memory, and run it again.
+
+Written here because torch.utils.checkpoint keeps the inputs out of reach: they could not be moved to the CPU and back while
+the GPU computes.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fsdp_qlora.memory import pin
+
+
+class HiddenStore:
+    """Keeps the inputs of checkpointed blocks between forward and backward.
+
+    Args:
+        offload: keep them in pinned CPU memory; the copies run beside the computation, and backward fetches the next
+            block's input while it works on the current one. On CPU devices the inputs simply stay where they are.
+    """
+
+    def __init__(self, offload: bool) -> None:
+        self.offload = offload
+        self._kept: dict[int, Tensor] = {}
+        self._host: dict[int, Tensor] = {}
+        self._fetched: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._stream: torch.cuda.Stream | None = None
+
+    def put(self, index: int, hidden: Tensor) -> None:
+        """Keep the input of block `index`."""
+        if not (self.offload and hidden.is_cuda):
+            self._kept[index] = hidden
+            return
+        if self._stream is None:
+            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        buffer = self._host.get(index)
+        if buffer is None or buffer.shape != hidden.shape:
+            buffer = torch.empty(hidden.shape, dtype=hidden.dtype)
+            pin(buffer)
+            self._host[index] = buffer
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            buffer.copy_(hidden, non_blocking=True)
+        hidden.record_stream(self._stream)
+
+    def get(self, index: int) -> Tensor:
+        """Return the input of block `index` and let go of it; backward asks for the last block first."""
+        if index in self._kept:
+            return self._kept.pop(index)
+        self._fetch(index)
+        hidden, arrived = self._fetched.pop(index)
+        arrived.wait()
+        if index > 0 and index - 1 in self._host:
+            self._fetch(index - 1)
+        return hidden
+
+    def _fetch(self, index: int) -> None:
+        if index in self._fetched:
+            return
+        assert self._stream is not None
+        hidden = torch.empty(self._host[index].shape, dtype=self._host[index].dtype, device="cuda")
+        self._stream.wait_stream(torch.cuda.current_stream())  # the memory may have had another owner
+        with torch.cuda.stream(self._stream):
+            hidden.copy_(self._host[index], non_blocking=True)
+            self._fetched[index] = (hidden, self._stream.record_event())
+
+
+class _Recompute(torch.autograd.Function):
+    """Run a block without recording it; in backward run it again, recorded, and differentiate that."""
+
+    @staticmethod
+    def forward(ctx: Any, block: CheckpointedBlock, kwargs: dict[str, Any], hidden: Tensor, anchor: Tensor) -> Tensor:
+        ctx.block, ctx.kwargs = block, kwargs
+        if block.preserve_rng_state:
+            ctx.rng_state = torch.get_rng_state(), torch.cuda.get_rng_state() if hidden.is_cuda else None
+        block.store.put(block.index, hidden.detach())
+        output: Tensor = block.block(hidden, **kwargs)
+        return output
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        block: CheckpointedBlock = ctx.block
+        hidden = block.store.get(block.index).requires_grad_(ctx.needs_input_grad[2])
+        devices = [hidden.device] if hidden.is_cuda else []
+        with torch.random.fork_rng(devices, enabled=block.preserve_rng_state):
+            if block.preserve_rng_state:
+                cpu_state, cuda_state = ctx.rng_state
+                torch.set_rng_state(cpu_state)
+                if cuda_state is not None:
+                    torch.cuda.set_rng_state(cuda_state)
+            with torch.enable_grad():
+                output = block.block(hidden, **ctx.kwargs)
+        torch.autograd.backward(output, grads[0])
+        return None, None, hidden.grad, None
+
+
+class CheckpointedBlock(nn.Module):
+    """A decoder block of which only the input is kept; backward runs it again.
+
+    Args:
+        block: called as block(hidden, **kwargs) and returning a tensor; only `hidden` is differentiated.
+        index: its place among the blocks.
+        store: keeps the inputs; shared by all blocks.
+        preserve_rng_state: repeat the same random numbers in the second run (needed with dropout).
+    """
+
+    def __init__(self, block: nn.Module, index: int, store: HiddenStore, preserve_rng_state: bool) -> None:
+        super().__init__()
+        self.block, self.index, self.store = block, index, store
+        self.preserve_rng_state = preserve_rng_state
+
+    def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
+        """Map hidden states [batch, tokens, hidden] to the block's output of the same shape."""
+        if not torch.is_grad_enabled():
+            output: Tensor = self.block(hidden, **kwargs)
+            return output
+        # The first block's input needs no gradient; the anchor makes autograd come here all the same.
+        anchor = torch.empty(0, device=hidden.device, requires_grad=True)
+        output = _Recompute.apply(self, kwargs, hidden, anchor)  # type: ignore[no-untyped-call]
+        return output
+
+    def __getattr__(self, name: str) -> Any:
+        """Look up what transformers reads off a block (such as its attention type) on the block."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("block"), name)

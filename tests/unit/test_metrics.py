@@ -1,0 +1,164 @@
+"""metrics.jsonl is always written; a tracker that fails warns once and never stops a run."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+import types
+import warnings
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.metrics import Metrics, memory_gib
+
+SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_every_record_is_on_disk_at_once(tmp_path: Path) -> None:
+    before = time.time()
+    with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
+        metrics.log({"loss": 1.5, "lr": 2e-4}, 1)
+        (first,) = records(tmp_path)
+        metrics.log({"loss": float("nan")}, 2)
+        assert len(records(tmp_path)) == 2
+    assert first["step"] == 1
+    assert (first["loss"], first["lr"]) == (1.5, 2e-4)
+    assert before - 1 <= first["time"] <= time.time()
+
+
+def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(TrainConfig(output_dir=str(tmp_path), log_to="wandb"), {}, 2, enabled=False) as metrics:
+        metrics.log({"loss": 1.5}, 1)
+        metrics.show("step 1", 1)
+    assert list(tmp_path.iterdir()) == []
+    assert capsys.readouterr().out == ""
+
+
+def test_lines_are_plain_text_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
+        metrics.show("step 1/2  loss 1.5", 1)
+    assert capsys.readouterr().out == "step 1/2  loss 1.5\n"
+
+
+@pytest.mark.filterwarnings("error")
+def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_API_KEY", SECRET)
+    monkeypatch.setenv("HF_TOKEN", "hf_" + SECRET)
+    config = TrainConfig(output_dir=str(tmp_path / "run-7"), log_to="wandb")
+    Path(config.output_dir).mkdir()
+    with Metrics(config, {"config": {"lora_rank": 8}}, 3, enabled=True) as metrics:
+        for step in (1, 2, 3):
+            metrics.log({"loss": 1 / step}, step)
+    assert [record["step"] for record in records(tmp_path / "run-7")] == [1, 2, 3]
+    (stored,) = (tmp_path / "run-7" / "wandb").glob("offline-run-*/*.wandb")
+    content = stored.read_bytes()
+    assert b"lora_rank" in content
+    assert b"run-7" in content
+    assert b"loss" in content
+    for path in (tmp_path / "run-7").rglob("*"):
+        assert not path.is_file() or SECRET.encode() not in path.read_bytes(), f"a secret is in {path}"
+
+
+class FakeRun:
+    """A wandb run that fails in the methods named."""
+
+    def __init__(self, failing: str) -> None:
+        self.failing, self.logged = failing, 0
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        self.logged += 1
+        if self.failing == "log":
+            raise RuntimeError("the connection broke")
+
+    def finish(self) -> None:
+        if self.failing == "finish":
+            raise TimeoutError("no answer")
+
+
+def install_wandb(monkeypatch: pytest.MonkeyPatch, failing: str) -> tuple[FakeRun, dict[str, Any]]:
+    """Put a stand-in for wandb; return its run and the arguments of init."""
+    run, given = FakeRun(failing), {}
+    module = types.ModuleType("wandb")
+
+    def init(**arguments: Any) -> FakeRun:
+        given.update(arguments)
+        if failing == "init":
+            raise ConnectionError("cannot reach api.wandb.ai")
+        return run
+
+    module.init, module.Settings = init, dict  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "wandb", module)
+    return run, given
+
+
+@pytest.mark.parametrize(
+    ("failing", "name", "message"),
+    [
+        ("init", "wandb", "ConnectionError: cannot reach api.wandb.ai"),
+        ("log", "WandbLogger", "RuntimeError: the connection broke"),
+        ("finish", "WandbLogger", "TimeoutError: no answer"),
+    ],
+)
+def test_a_failing_tracker_warns_once_and_the_run_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, name: str, message: str
+) -> None:
+    run, _ = install_wandb(monkeypatch, failing)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="wandb"))
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert run.logged == {"init": 0, "log": 1, "finish": 3}[failing]
+    (warning,) = caught
+    assert str(warning.message) == f"{name} failed and is switched off ({message}); training goes on"
+
+
+def log_three_steps(config: TrainConfig) -> None:
+    with Metrics(config, {}, 3, enabled=True) as metrics:
+        for step in (1, 2, 3):
+            metrics.log({"loss": 1.0}, step)
+
+
+def test_a_missing_package_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    config = TrainConfig(output_dir=str(tmp_path), log_to="wandb")
+    with pytest.warns(UserWarning, match="wandb failed and is switched off .*ModuleNotFoundError"):
+        metrics = Metrics(config, {}, 1, enabled=True)
+    with metrics:
+        metrics.log({"loss": 1.0}, 1)
+    assert len(records(tmp_path)) == 1
+
+
+def test_what_wandb_is_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    _, given = install_wandb(monkeypatch, "")
+    config = TrainConfig(output_dir=str(tmp_path / "a"), log_to="wandb", run_name="mine")
+    (tmp_path / "a").mkdir()
+    with warnings.catch_warnings(action="error"), Metrics(config, {"seed": 1}, 1, enabled=True):
+        pass
+    assert (given["project"], given["name"], given["dir"]) == ("fsdp_qlora", "mine", str(tmp_path / "a"))
+    assert given["config"] == {"seed": 1}
+    assert given["settings"]["init_timeout"] <= 60, "an unreachable server holds the run up no longer"
+
+
+def test_a_full_disk_does_not_stop_training(tmp_path: Path) -> None:
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+    with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
+        with pytest.warns(UserWarning, match="JsonlLogger failed and is switched off .*No space left"):
+            metrics.log({"loss": 1.0}, 1)
+        metrics.log({"loss": 1.0}, 2)
+
+
+def test_no_gpu_memory_on_the_cpu() -> None:
+    assert memory_gib(torch.device("cpu")) == 0.0

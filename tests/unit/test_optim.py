@@ -1,0 +1,97 @@
+"""Learning-rate schedules, clipping and the optimizer's parameters."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
+
+
+def rates(num_steps: int, **settings: object) -> list[float]:
+    config = TrainConfig(lr=1.0, **settings)  # type: ignore[arg-type]
+    return [learning_rate(config, step, num_steps) for step in range(num_steps)]
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "expected"),
+    [
+        ("constant", [0.5, 1.0, 1.0, 1.0, 1.0, 1.0]),
+        ("linear", [0.5, 1.0, 1.0, 0.75, 0.5, 0.25]),
+        ("cosine", [0.5, 1.0, 1.0, (1 + math.sqrt(0.5)) / 2, 0.5, (1 - math.sqrt(0.5)) / 2]),
+    ],
+)
+def test_schedules_after_a_warmup_of_two_steps(scheduler: str, expected: list[float]) -> None:
+    assert rates(6, lr_scheduler=scheduler, warmup_ratio=0.3) == pytest.approx(expected)
+
+
+@pytest.mark.parametrize("scheduler", ["constant", "linear", "cosine"])
+def test_rates_without_warmup_and_with_nothing_else(scheduler: str) -> None:
+    assert rates(4, lr_scheduler=scheduler, warmup_ratio=0.0)[0] == 1.0
+    assert rates(4, lr_scheduler=scheduler, warmup_ratio=1.0) == pytest.approx([0.25, 0.5, 0.75, 1.0])
+    assert rates(1, lr_scheduler=scheduler, warmup_ratio=0.03) == [1.0]
+
+
+@pytest.mark.parametrize("scheduler", ["linear", "cosine"])
+@pytest.mark.parametrize("num_steps", [2, 3, 10, 1000])
+def test_decay_is_monotonous_and_ends_above_zero(scheduler: str, num_steps: int) -> None:
+    found = rates(num_steps, lr_scheduler=scheduler, warmup_ratio=0.0)
+    assert all(before > after > 0 for before, after in itertools.pairwise(found))
+    assert learning_rate(TrainConfig(lr_scheduler=scheduler), num_steps, num_steps) == pytest.approx(0)  # type: ignore[arg-type]
+
+
+def model_with_gradients(scale: float = 1.0) -> nn.Module:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(5, 7), nn.Linear(7, 3), nn.Linear(3, 2))
+    model[1].requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.grad = torch.randn_like(parameter) * scale
+    model[2].bias.grad = None  # not reached by the loss
+    return model
+
+
+@pytest.mark.parametrize("max_norm", [0.1, 1.0, 1e6])
+def test_clipping_is_torchs_own(max_norm: float) -> None:
+    model, reference = model_with_gradients(), model_with_gradients()
+    expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
+    assert clip_gradients(model, max_norm) == float(expected)
+    for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
+        if other.grad is None:
+            assert parameter.grad is None
+        else:
+            assert parameter.grad is not None
+            assert parameter.grad.equal(other.grad)
+
+
+def test_norm_zero_leaves_gradients_alone() -> None:
+    model, reference = model_with_gradients(100.0), model_with_gradients(100.0)
+    norm = clip_gradients(model, 0.0)
+    gradients = [parameter.grad for parameter in reference.parameters() if parameter.grad is not None]
+    assert norm == pytest.approx(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)), rel=1e-6)
+    found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    assert all(one.equal(other) for one, other in zip(found, gradients, strict=True))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_norm_that_is_not_finite_is_returned_as_such(value: float) -> None:
+    model = model_with_gradients()
+    gradient = model[0].bias.grad
+    assert gradient is not None
+    gradient[2] = value
+    assert not math.isfinite(clip_gradients(model, 1.0))
+
+
+def test_optimizer_has_the_trainable_parameters_and_the_settings() -> None:
+    model = model_with_gradients()
+    config = TrainConfig(lr=0.5, adam_beta1=0.8, adam_beta2=0.7, weight_decay=0.1)
+    (group,) = build_optimizer(model, config).param_groups
+    assert [id(parameter) for parameter in group["params"]] == [
+        id(parameter) for parameter in model.parameters() if parameter.requires_grad
+    ]
+    assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.7), 0.1)

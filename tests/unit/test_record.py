@@ -1,0 +1,109 @@
+"""run.json: complete enough to repeat a run, and without secrets."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+from fsdp_qlora import config as config_module
+from fsdp_qlora.cli import COMMANDS, _flags
+from fsdp_qlora.config import TrainConfig, to_dict
+from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.record import command, describe, prepare_output_dir, write_record
+
+
+@pytest.fixture(scope="module")
+def ranks() -> Iterator[Ranks]:
+    with process_group("full", timeout_s=60, device="cpu") as ranks:
+        yield ranks
+
+
+def test_record_says_what_was_run(ranks: Ranks) -> None:
+    config = TrainConfig(lora_rank=8, dataset="my rows.jsonl")
+    record = describe(config, ranks)
+    assert record["config"] == to_dict(config)
+    assert (record["world_size"], record["device"]) == (1, "cpu")
+    assert record["versions"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert {"python", "fsdp_qlora", "transformers", "bitsandbytes"} <= record["versions"].keys()
+    assert record["commit"] is None or len(record["commit"]) == 40
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        TrainConfig(),
+        TrainConfig(lora_rank=8, lr=3e-05, packing=False, overwrite=True),
+        TrainConfig(dataset="my rows; $(touch x).jsonl", output_dir='runs/it\'s "here"', run_name="a b"),
+    ],
+)
+def test_the_recorded_command_repeats_the_run(ranks: Ranks, config: TrainConfig) -> None:
+    start, script, *arguments = shlex.split(command(config, ranks))
+    assert (start, script) == ("python", "train.py")
+    flags, problems = _flags(COMMANDS[0], arguments)
+    assert problems == []
+    overrides = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
+    assert config_module.parse(overrides) == config
+
+
+def test_the_recorded_command_has_the_ranks(ranks: Ranks) -> None:
+    found = command(TrainConfig(seed=1), replace(ranks, world_size=2))
+    assert found == "torchrun --nproc_per_node 2 train.py --seed 1"
+
+
+def test_no_secret_of_the_environment_is_recorded(
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    secrets = {name: f"secret-{name}-value" for name in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY", "MINE")}
+    for name, value in secrets.items():
+        monkeypatch.setenv(name, value)
+    write_record(tmp_path, describe(TrainConfig(), ranks))
+    text = (tmp_path / "run.json").read_text()
+    assert json.loads(text)["config"]["seed"] == 42
+    assert "secret-" not in text
+
+
+def test_a_record_is_replaced_whole_and_follows_the_umask(tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        write_record(tmp_path, {"a": 1})
+        write_record(tmp_path, {"a": 2})
+    finally:
+        os.umask(before)
+    assert json.loads((tmp_path / "run.json").read_text()) == {"a": 2}
+    assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
+    assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o640
+
+
+def test_output_folder_is_made(tmp_path: Path) -> None:
+    folder = tmp_path / "a" / "b"
+    assert prepare_output_dir(TrainConfig(output_dir=str(folder))) == folder
+    assert prepare_output_dir(TrainConfig(output_dir=str(folder))) == folder, "an empty one may be there"
+
+
+def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is not empty; choose another, or replace its results with --overwrite"):
+        prepare_output_dir(TrainConfig(output_dir=str(tmp_path)))
+    prepare_output_dir(TrainConfig(output_dir=str(tmp_path), overwrite=True))
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_text("")
+    for folder in (tmp_path / "a", tmp_path / "a" / "b"):
+        with pytest.raises(ConfigError, match="cannot be used"):
+            prepare_output_dir(TrainConfig(output_dir=str(folder), overwrite=True))
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
+def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
+    tmp_path.chmod(0o500)
+    with pytest.raises(ConfigError, match="not writable"):
+        prepare_output_dir(TrainConfig(output_dir=str(tmp_path)))
