@@ -23,6 +23,17 @@ WEIGHTS_FILE = "adapter_model.safetensors"
 CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 
+UNSUPPORTED = (
+    "use_dora",
+    "use_rslora",
+    "modules_to_save",
+    "rank_pattern",
+    "alpha_pattern",
+    "lora_bias",
+    "alora_invocation_tokens",
+)
+"""Fields of PEFT's LoraConfig that change what an adapter computes, or which of its matrices count."""
+
 
 def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
     """Return a whole parameter on the CPU; every rank must take part."""
@@ -117,17 +128,16 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     Raises:
         CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
     """
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder}: no {missing[0]}; --adapter names a PEFT adapter folder")
     try:
         config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except FileNotFoundError as error:
-        raise CheckpointError(
-            f"{folder}: no {Path(error.filename or '').name}; --adapter names a PEFT adapter folder"
-        ) from error
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
-    unsupported = [key for key in ("use_dora", "use_rslora", "modules_to_save", "rank_pattern") if config.get(key)]
+    unsupported = [key for key in UNSUPPORTED if config.get(key)]
     if config.get("peft_type") != "LORA" or unsupported or rank < 1 or alpha <= 0:
         raise CheckpointError(
             f"{folder}: only plain LoRA adapters are read; this one uses {unsupported or config.get('peft_type')}"

@@ -44,10 +44,12 @@ class LoadReport:
 
 def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str]) -> None:
     """Raise WeightsError unless each tensor has the shape and dtype of the parameter it is for; reads no weights."""
+    seen: set[int] = set()  # tied weights are one tensor
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if isinstance(module, LoRALinear) and name.startswith("lora_"):
+            if id(parameter) in seen or (isinstance(module, LoRALinear) and name.startswith("lora_")):
                 continue
+            seen.add(id(parameter))
             if not isinstance(module, LoRALinear) or name != "packed":
                 check_shape(reader, f"{names[module]}.{name}", _full_shape(module, parameter))
             elif is_quantized(reader.tensors, f"{module.name}.weight"):

@@ -184,12 +184,12 @@ def unpacked_loader(
 
 
 def smollm2(ranks: Ranks, context_length: int) -> tuple[Pair, data.Loader]:
-    """Return the real SmolLM2-135M both ways and eight questions of the demo data, one a step."""
+    """Return the real SmolLM2-135M both ways and 50 questions of the demo data, one a step."""
     folder = resolve("smollm2-135m")
     config = TrainConfig(dataset="demo", context_length=context_length, packing=False)
     examples, _, _ = data.load_splits(config, AutoTokenizer.from_pretrained(folder))
     pair = load_pair(folder, ranks, zero_lora_B=True)
-    return pair, unpacked_loader(examples[:8], context_length, batch_size=1)
+    return pair, unpacked_loader(examples[:50], context_length, batch_size=1)
 
 
 def make_trainer(built: BuiltModel, ranks: Ranks, loader: data.Loader | None = None, **settings: object) -> Trainer:

@@ -143,6 +143,13 @@ def test_row_lengths() -> None:
     assert short_context[0].input_ids.shape == (2, 10)
 
 
+def test_rows_are_equally_long_on_all_ranks() -> None:
+    examples = [Example([1] * n, [1] * n) for n in (3, 40, 9, 5)]
+    settings: dict[str, Any] = {"batch_size": 1, "gradient_accumulation_steps": 2, "shuffle": False, "packing": False}
+    steps = [make_loader(examples, rank=rank, world_size=2, **settings).step(0, 0) for rank in range(2)]
+    assert [[batch.input_ids.shape[1] for batch in step] for step in steps] == [[40, 16], [40, 16]]
+
+
 @pytest.mark.parametrize("packing", [True, False])
 def test_fewer_rows_than_ranks(packing: bool) -> None:
     """T1: one row for four ranks: all ranks run the same micro-batches, three of them on padding only."""
