@@ -66,6 +66,7 @@ def build_model(
     seed: int = 0,
     adapter: Mapping[str, Tensor] | None = None,
     progress: Progress | None = None,
+    compiled: bool = False,
     shard: bool = True,
     attention: str = ATTENTION,
 ) -> BuiltModel:
@@ -78,6 +79,7 @@ def build_model(
         memory: what rests where; default: all on the device, nothing computed again.
         adapter: values for them (adapters.read_adapter); default: PEFT's initial values.
         progress: called with (units loaded, units in all).
+        compiled: compile the decoder blocks.
         shard: hand the parameters to FSDP, as training does.
         attention: transformers' name of the attention implementation.
 
@@ -100,6 +102,7 @@ def build_model(
             lora,
             dtype,
             memory or MemorySettings(),
+            compiled=compiled,
             shard=shard,
         )
         check_tensors(reader, parallelized.root, parallelized.names)

@@ -6,12 +6,15 @@ the GPU computes.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.memory import pin
+from fsdp_qlora.quant.linear import LoRALinear
 
 
 class HiddenStore:
@@ -72,55 +75,72 @@ class _Recompute(torch.autograd.Function):
     """Run a block without recording it; in backward run it again, recorded, and differentiate that."""
 
     @staticmethod
-    def forward(ctx: Any, block: CheckpointedBlock, kwargs: dict[str, Any], hidden: Tensor, anchor: Tensor) -> Tensor:
+    def forward(ctx: Any, block: Block, kwargs: dict[str, Any], hidden: Tensor, anchor: Tensor) -> Tensor:
         ctx.block, ctx.kwargs = block, kwargs
-        if block.preserve_rng_state:
+        if block.repeat_random:
             ctx.rng_state = torch.get_rng_state(), torch.cuda.get_rng_state() if hidden.is_cuda else None
+        assert block.store is not None
         block.store.put(block.index, hidden.detach())
         output: Tensor = block.block(hidden, **kwargs)
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        block: CheckpointedBlock = ctx.block
+        block: Block = ctx.block
+        assert block.store is not None
         hidden = block.store.get(block.index).requires_grad_(ctx.needs_input_grad[2])
         devices = [hidden.device] if hidden.is_cuda else []
-        with torch.random.fork_rng(devices, enabled=block.preserve_rng_state):
-            if block.preserve_rng_state:
+        with torch.random.fork_rng(devices, enabled=block.repeat_random):
+            if block.repeat_random:
                 cpu_state, cuda_state = ctx.rng_state
                 torch.set_rng_state(cpu_state)
                 if cuda_state is not None:
                     torch.cuda.set_rng_state(cuda_state)
-            with torch.enable_grad():
+            with torch.enable_grad(), block.without_last_product():
                 output = block.block(hidden, **ctx.kwargs)
         torch.autograd.backward(output, grads[0])
         return None, None, hidden.grad, None
 
 
-class CheckpointedBlock(nn.Module):
-    """A decoder block of which only the input is kept; backward runs it again.
+class Block(nn.Module):
+    """A decoder block as an FSDP unit; with a store, only its input is kept and backward runs it again.
 
     Args:
         block: called as block(hidden, **kwargs) and returning a tensor; only `hidden` is differentiated.
         index: its place among the blocks.
-        store: keeps the inputs; shared by all blocks.
-        preserve_rng_state: repeat the same random numbers in the second run (needed with dropout).
+        store: keeps the inputs, shared by all blocks; None to keep all activations instead.
+        last: the linear layer whose output only enters the block's sum, so that the second run can do without it; or None.
+        repeat_random: repeat the same random numbers in the second run (needed with dropout).
     """
 
-    def __init__(self, block: nn.Module, index: int, store: HiddenStore, preserve_rng_state: bool) -> None:
+    def __init__(
+        self, block: nn.Module, index: int, store: HiddenStore | None, last: LoRALinear | None, repeat_random: bool
+    ) -> None:
         super().__init__()
         self.block, self.index, self.store = block, index, store
-        self.preserve_rng_state = preserve_rng_state
+        self.repeat_random = repeat_random
+        self._last = [last] if last is not None else []  # in a list: it is the block's submodule already
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden states [batch, tokens, hidden] to the block's output of the same shape."""
-        if not torch.is_grad_enabled():
+        if self.store is None or not torch.is_grad_enabled():
             output: Tensor = self.block(hidden, **kwargs)
             return output
         # The first block's input needs no gradient; the anchor makes autograd come here all the same.
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
         output = _Recompute.apply(self, kwargs, hidden, anchor)  # type: ignore[no-untyped-call]
         return output
+
+    @contextmanager
+    def without_last_product(self) -> Iterator[None]:
+        """Leave out the last layer's matrix product, whose result backward does not need."""
+        for linear in self._last:
+            linear.skip_product = True
+        try:
+            yield
+        finally:
+            for linear in self._last:
+                linear.skip_product = False
 
     def __getattr__(self, name: str) -> Any:
         """Look up what transformers reads off a block (such as its attention type) on the block."""

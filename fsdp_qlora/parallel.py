@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from fsdp_qlora.checkpointing import CheckpointedBlock, HiddenStore
+from fsdp_qlora.checkpointing import Block, HiddenStore
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.loss import chunked_cross_entropy
@@ -19,6 +19,7 @@ from fsdp_qlora.memory import HostArena
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
+from fsdp_qlora.quant.linear import LoRALinear
 
 
 class LossModel(nn.Module):
@@ -112,13 +113,15 @@ def parallelize(
     dtype: torch.dtype,
     memory: MemorySettings,
     *,
+    compiled: bool = False,
     shard: bool = True,
 ) -> Parallelized:
-    """Apply, in this order: quantise -> adapt -> activation checkpointing -> shard. All on the meta device.
+    """Apply, in this order: quantise -> adapt -> compile -> activation checkpointing -> shard. All on the meta device.
 
     Args:
         skeleton: the model; changed in place.
         memory: what rests where, and what is computed again.
+        compiled: compile each block with torch.compile; equal blocks share the compiled code.
         shard: hand the parameters to FSDP; without, the model is a plain one (for generation in one process).
 
     Raises:
@@ -134,10 +137,14 @@ def parallelize(
     names = {module: name for name, module in skeleton.model.named_modules()}
     blocks = skeleton.blocks
     store = HiddenStore(memory.offload_activations)
+    repeat_random = lora is not None and lora.dropout > 0
     for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
-        if checkpointed:
-            repeat_random = lora is not None and lora.dropout > 0
-            blocks[index] = CheckpointedBlock(blocks[index], index, store, repeat_random)
+        block = blocks[index]
+        last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear else None
+        assert last is None or isinstance(last, LoRALinear)
+        if compiled:
+            block.compile()
+        blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random)
     root = LossModel(skeleton)
     offloaded = _fully_shard(root, blocks, ranks, memory)
     if memory.offload_vocabulary:

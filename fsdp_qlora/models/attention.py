@@ -13,9 +13,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 ATTENTION = "fsdp_qlora_packed"
+
+# torch 2.11 shares key and value heads without being told, later versions want to be
+GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 
 
 def packed_attention(
@@ -70,10 +74,6 @@ def _flash(
     softcap: float | None,
 ) -> Tensor:
     """FlashAttention over documents of any length (torch's own kernel)."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    # torch 2.11 shares key and value heads without being told, later versions want to be
-    grouped: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     window = (-1, 0) if sliding_window is None else (sliding_window - 1, 0)
     out = varlen_attn(
         q_NHD,
@@ -85,7 +85,7 @@ def _flash(
         max_seqlen,
         scale=scaling,
         window_size=window,
-        **grouped,
+        **GROUPED,
     )
     assert isinstance(out, Tensor)
     return out

@@ -16,11 +16,13 @@ class Family:
         text_prefixes: how the names of the language model's tensors may begin in a checkpoint that holds more than
             the language model (images), as pairs (prefix in the checkpoint, prefix in transformers' text-only model).
         other_prefixes: how the names of tensors begin that the language model does not need.
+        last_linear: the layer whose output does nothing but enter a block's final sum, None if something follows it.
     """
 
     title: str
     text_prefixes: tuple[tuple[str, str], ...] = ()
     other_prefixes: tuple[str, ...] = ()
+    last_linear: str | None = "mlp.down_proj"
 
 
 GEMMA3_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
@@ -30,8 +32,8 @@ FAMILIES: dict[str, Family] = {
     "mistral": Family("Mistral"),
     "qwen2": Family("Qwen2, Qwen2.5"),
     "qwen3": Family("Qwen3"),
-    "gemma2": Family("Gemma 2"),
-    "gemma3_text": Family("Gemma 3 (text)"),
+    "gemma2": Family("Gemma 2", last_linear=None),
+    "gemma3_text": Family("Gemma 3 (text)", last_linear=None),
     "gemma3": Family(
         "Gemma 3 (text part of the image models)",
         text_prefixes=(
@@ -40,6 +42,7 @@ FAMILIES: dict[str, Family] = {
             ("language_model.lm_head.", "lm_head."),
         ),
         other_prefixes=GEMMA3_VISION,
+        last_linear=None,
     ),
     "phi3": Family("Phi-3, Phi-3.5, Phi-4"),
 }

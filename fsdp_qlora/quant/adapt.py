@@ -73,6 +73,7 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
     linears = block_linears(skeleton)
     available = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in linears))
     targets = target_names(available, lora.target_modules) if lora is not None else set()
+    layouts: dict[Layout, Layout] = {}  # one object for equal layouts, so that compiled code is shared between blocks
     for name, linear in linears:
         parent_name, _, leaf = name.rpartition(".")
         layout = Layout(
@@ -85,7 +86,7 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
         )
         replacement = LoRALinear(
             name,
-            layout,
+            layouts.setdefault(layout, layout),
             bias=linear.bias is not None,
             dtype=dtype,
             rank=lora.rank if lora is not None and leaf in targets else 0,

@@ -33,17 +33,21 @@ class LoRALinearFunction(torch.autograd.Function):
         lora_B: Tensor | None,
         layout: Layout,
         scaling: float,
+        skip_product: bool = False,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        weight_OI = dequantize(packed, layout, x.dtype, "forward")
-        y_TO = F.linear(x_TI, weight_OI, bias)
+        if skip_product:
+            y_TO = x.new_empty(x_TI.shape[0], layout.out_features)
+        else:
+            y_TO = F.linear(x_TI, dequantize(packed, layout, x.dtype, "forward"), bias)
         ctx.layout, ctx.scaling, ctx.has_dropout = layout, scaling, x_lora is not None
         if lora_A is None or lora_B is None:
             ctx.save_for_backward(packed)
         else:
             u_TI = x_TI if x_lora is None else x_lora.reshape(-1, x.shape[-1])
             a_TR = u_TI @ lora_A.to(x.dtype).t()
-            y_TO = torch.addmm(y_TO, a_TR, lora_B.to(x.dtype).t(), alpha=scaling)
+            if not skip_product:
+                y_TO = torch.addmm(y_TO, a_TR, lora_B.to(x.dtype).t(), alpha=scaling)
             ctx.save_for_backward(packed, u_TI, a_TR, lora_A, lora_B)
         return y_TO.view(*x.shape[:-1], layout.out_features)
 
@@ -68,7 +72,7 @@ class LoRALinearFunction(torch.autograd.Function):
                 dx_TI = torch.addmm(dx_TI, g_TR, lora_A.to(dy.dtype))
         dx = None if dx_TI is None else dx_TI.view(x_shape)
         du = None if du_TI is None else du_TI.view(x_shape)
-        return dx, du, None, None, dA_RI, dB_OR, None, None
+        return dx, du, None, None, dA_RI, dB_OR, None, None, None
 
 
 class LoRALinear(nn.Module):
@@ -85,6 +89,9 @@ class LoRALinear(nn.Module):
         rank: LoRA rank r; 0 for no LoRA branch.
         scaling: factor s of the LoRA branch.
         dropout: probability with which elements of the LoRA branch's input are zeroed in training.
+
+    Attributes:
+        skip_product: return an unset output, for a second run of which only the gradients are wanted.
     """
 
     packed: nn.Parameter
@@ -116,6 +123,7 @@ class LoRALinear(nn.Module):
             self.lora_A = nn.Parameter(torch.empty(rank, layout.in_features, dtype=torch.float32, device=device))
             self.lora_B = nn.Parameter(torch.empty(layout.out_features, rank, dtype=torch.float32, device=device))
         self.dropout = dropout
+        self.skip_product = False
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] in the dtype of x."""
@@ -123,7 +131,7 @@ class LoRALinear(nn.Module):
         if self.dropout > 0 and self.training and self.lora_A is not None:
             x_lora = F.dropout(x, self.dropout)
         y: Tensor = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, x_lora, self.packed, self.bias, self.lora_A, self.lora_B, self.layout, self.scaling
+            x, x_lora, self.packed, self.bias, self.lora_A, self.lora_B, self.layout, self.scaling, self.skip_product
         )
         return y
 

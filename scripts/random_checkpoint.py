@@ -1,0 +1,154 @@
+"""Make a checkpoint with random weights of a real model's shape, quantised in bitsandbytes' format, without a download.
+
+    python scripts/random_checkpoint.py --shape llama-70b --folder /tmp/llama-70b [--num_blocks 80]
+
+The 4-bit codes are random and the scales lie around 0.05, as those of real weights do, so that values stay finite through all
+blocks. A small byte-level tokenizer and a text dataset (data.jsonl) are saved beside the weights: train.py runs on the folder.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+import time
+from pathlib import Path
+
+import bitsandbytes.functional as bnb
+import fire
+import torch
+from bitsandbytes.utils import pack_dict_to_tensor
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from torch import Tensor
+from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+SHAPES = {
+    "llama-8b": {
+        "hidden_size": 4096,
+        "intermediate_size": 14336,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+    },
+    "llama-70b": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 80,
+        "num_attention_heads": 64,
+    },
+}
+
+
+def llama_config(shape: str, num_blocks: int | None = None) -> LlamaConfig:
+    """Return the configuration of a Llama 3 model of this size."""
+    settings = dict(SHAPES[shape])
+    if num_blocks is not None:
+        settings["num_hidden_layers"] = num_blocks
+    return LlamaConfig(
+        **settings,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=131072,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+    )
+
+
+def quantized_tensors(name: str, out_features: int, in_features: int, device: str) -> dict[str, Tensor]:
+    """Return what bitsandbytes would save for a matrix [out, in], with random codes."""
+    num_blocks = out_features * in_features // 64
+    state = {
+        "quant_type": "nf4",
+        "blocksize": 64,
+        "dtype": "bfloat16",
+        "shape": [out_features, in_features],
+        "nested_blocksize": 256,
+        "nested_dtype": "float32",
+        "nested_offset": 0.05,
+    }
+    codes = torch.randint(0, 256, (out_features * in_features // 2, 1), dtype=torch.uint8, device=device)
+    return {
+        name: codes.cpu(),
+        name + ".absmax": torch.randint(0, 256, (num_blocks,), dtype=torch.uint8, device=device).cpu(),
+        name + ".nested_absmax": torch.full((-(-num_blocks // 256),), 0.02),
+        name + ".nested_quant_map": bnb.create_dynamic_map().float(),
+        name + ".quant_map": bnb.get_4bit_type("nf4", device="cpu"),
+        name + ".quant_state.bitsandbytes__nf4": pack_dict_to_tensor(state),
+    }
+
+
+def block_tensors(config: LlamaConfig, index: int, device: str) -> dict[str, Tensor]:
+    """Return the tensors of one decoder block."""
+    hidden, inner = config.hidden_size, config.intermediate_size
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    matrices = {
+        "self_attn.q_proj": (hidden, hidden),
+        "self_attn.k_proj": (kv, hidden),
+        "self_attn.v_proj": (kv, hidden),
+        "self_attn.o_proj": (hidden, hidden),
+        "mlp.gate_proj": (inner, hidden),
+        "mlp.up_proj": (inner, hidden),
+        "mlp.down_proj": (hidden, inner),
+    }
+    prefix = f"model.layers.{index}."
+    tensors: dict[str, Tensor] = {}
+    for name, (out_features, in_features) in matrices.items():
+        tensors |= quantized_tensors(f"{prefix}{name}.weight", out_features, in_features, device)
+    for name in ("input_layernorm", "post_attention_layernorm"):
+        tensors[f"{prefix}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+    return tensors
+
+
+def save_tokenizer(folder: Path) -> None:
+    """Save a tokenizer of single bytes."""
+    alphabet = ["<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    tokenizer = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>").save_pretrained(folder)
+
+
+def save_data(folder: Path, num_rows: int = 400, characters: int = 4000) -> None:
+    """Save random text."""
+    source = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz     "
+    rows = ({"text": "".join(source.choices(letters, k=characters))} for _ in range(num_rows))
+    (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def make(shape: str, folder: str, num_blocks: int | None = None) -> None:
+    """Write the checkpoint, tokenizer and data of a shape (llama-8b, llama-70b) into a folder."""
+    started = time.monotonic()
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    config = llama_config(shape, num_blocks)
+    weight_map: dict[str, str] = {}
+
+    def save(tensors: dict[str, Tensor], file: str) -> None:
+        save_file(tensors, target / file, metadata={"format": "pt"})
+        weight_map.update(dict.fromkeys(tensors, file))
+
+    for index in range(config.num_hidden_layers):
+        save(block_tensors(config, index, device), f"block-{index:03d}.safetensors")
+    size = (config.vocab_size, config.hidden_size)
+    for name in ("model.embed_tokens.weight", "lm_head.weight"):
+        save({name: (torch.randn(size, device=device) * 0.02).bfloat16().cpu()}, f"{name.split('.')[-2]}.safetensors")
+    save({"model.norm.weight": torch.ones(config.hidden_size, dtype=torch.bfloat16)}, "norm.safetensors")
+    (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.save_pretrained(target)
+    save_tokenizer(target)
+    save_data(target)
+    size_gib = sum(file.stat().st_size for file in target.iterdir()) / 2**30
+    print(
+        f"{shape}, {config.num_hidden_layers} blocks: {size_gib:.1f} GiB in {time.monotonic() - started:.0f} s",
+        file=sys.stderr,
+    )
+
+
+if __name__ == "__main__":
+    fire.Fire(make)
