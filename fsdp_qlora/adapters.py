@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,11 +12,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import CheckpointError
+from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
 
@@ -45,7 +47,7 @@ def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
     return value.cpu()
 
 
-def gather_adapter(root: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
+def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
     """Return the LoRA matrices by PEFT's names, float32 on the CPU: lora_A [r, in], lora_B [out, r].
 
     Raises:
@@ -61,7 +63,7 @@ def gather_adapter(root: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
             ("lora_B", linear.lora_B, (linear.out_features, rank)),
         ):
             value = full_tensor(parameter, ranks.device)
-            name = f"{PREFIX}{linear.name}.{part}.weight"
+            name = f"{PREFIX}{root.adapter_prefix}{linear.name.removeprefix('model.')}.{part}.weight"
             if value.shape != shape or not bool(value.isfinite().all()):
                 raise CheckpointError(
                     f"'{name}' has shape {list(value.shape)} (expected {list(shape)}) or is not finite"
@@ -70,9 +72,12 @@ def gather_adapter(root: nn.Module, ranks: Ranks) -> dict[str, Tensor]:
     return tensors
 
 
-def adapter_config(root: nn.Module, lora: LoraSettings, base_model: str) -> dict[str, Any]:
+def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict[str, Any]:
     """Return PEFT's LoraConfig for the adapter as a dict."""
-    targets = {linear.name.rpartition(".")[2] for linear in lora_linears(root) if linear.lora_A is not None}
+    names = sorted({linear.name.rpartition(".")[2] for linear in lora_linears(root) if linear.lora_A is not None})
+    targets: list[str] | str = names
+    if root.adapter_prefix != "model.":  # other parts of the model have layers of the same names
+        targets = rf"{re.escape(root.adapter_prefix)}layers\..*\.({'|'.join(names)})"
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -80,7 +85,7 @@ def adapter_config(root: nn.Module, lora: LoraSettings, base_model: str) -> dict
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": sorted(targets),
+        "target_modules": targets,
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -101,7 +106,7 @@ def write_file(path: Path, data: bytes) -> None:
     partial.replace(path)
 
 
-def save_adapter(root: nn.Module, lora: LoraSettings, base_model: str, folder: Path, ranks: Ranks) -> None:
+def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: Path, ranks: Ranks) -> None:
     """Write the adapter in PEFT's format. Every rank must call this; rank 0 writes.
 
     Raises:
@@ -142,7 +147,10 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         raise CheckpointError(
             f"{folder}: only plain LoRA adapters are read; this one uses {unsupported or config.get('peft_type')}"
         )
-    matrices = {name.removeprefix(PREFIX).removesuffix(".weight"): value.float() for name, value in tensors.items()}
+    matrices = {
+        name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight"): value.float()
+        for name, value in tensors.items()
+    }
     return config, matrices
 
 

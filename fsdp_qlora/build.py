@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import check_adapter
 from fsdp_qlora.distributed import Ranks, agree_on_errors
-from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
 from fsdp_qlora.parallel import LossModel, MemorySettings, allocator, parallelize
@@ -53,6 +54,20 @@ class BuiltModel:
         """One number for the whole 4-bit base, the same for every world size."""
         total = sum(value * (2 * position + 1) for position, value in enumerate(self.report.fingerprints.values()))
         return f"{total % 2**64:016x}"
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """Return the tokenizer of a model or adapter folder; ModelError if it has none or a damaged one."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # damaged files raise whatever their parsers do, down to KeyError and AttributeError
+        reason = f"{type(error).__name__}: {error}".splitlines()[0]
+        raise ModelError(
+            f"{folder}: its tokenizer cannot be loaded ({reason}); the folder needs tokenizer.json and"
+            " tokenizer_config.json as tokenizer.save_pretrained writes them"
+        ) from error
+    assert isinstance(tokenizer, PreTrainedTokenizerBase)
+    return tokenizer
 
 
 def build_model(

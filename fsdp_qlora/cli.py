@@ -31,6 +31,9 @@ class Command:
 
 COMMANDS = (
     Command("train", "Fine-tune a model; under torchrun on several GPUs.", "fsdp_qlora.trainer", config.TrainConfig),
+    Command(
+        "plan", "Say whether a run fits, before anything is downloaded.", "fsdp_qlora.plan_report", config.PlanConfig
+    ),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

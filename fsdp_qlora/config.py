@@ -83,11 +83,25 @@ class TrainConfig:
     sharding: Literal["full", "none"] = "full"
     """full: the base is sharded over all ranks; none: every rank holds all of it (data parallel), faster if it fits."""
 
-    cpu_offload: Literal["none", "all"] = "none"
-    """Where sharded parameters rest between uses: on the GPU, or in pinned CPU memory."""
+    cpu_offload: str = "auto"
+    """Blocks whose 4-bit weights rest in pinned CPU memory: auto (as few as needed), none, a number, or all (then
+    embedding, head and LoRA too)."""
 
-    activation_checkpointing: Literal["full", "none"] = "full"
-    """full: keep only each block's input and recompute the block in backward; none: keep every activation."""
+    activation_checkpointing: str = "auto"
+    """Blocks of which only the input is kept, and which are computed again in backward: auto (as few as needed), none,
+    a number, or full."""
+
+    activation_offload: bool = False
+    """Keep the inputs of checkpointed blocks in pinned CPU memory; false: only if --activation_checkpointing auto has to."""
+
+    gpu_memory: str | None = None
+    """GiB a rank may take of its GPU, for the autos: one number, or one per rank; default: what is free."""
+
+    cpu_memory: float | None = None
+    """GiB of RAM that the ranks of a machine may take together, for the autos; default: what is available."""
+
+    compile: Literal["auto", "off"] = "auto"
+    """torch.compile each decoder block; auto: on GPUs. The first step takes a minute longer, the others about a quarter less."""
 
     timeout_s: int = 1800
     """Seconds a rank waits for the others (start-up, load, step) before the run stops with an error."""
@@ -195,6 +209,75 @@ class GenerateConfig:
     """Show Python tracebacks of errors."""
 
 
+@dataclass(frozen=True)
+class PlanConfig:
+    """Settings of a planned run: what `plan` asks before anything is downloaded but the model's config.json."""
+
+    # --- model ---
+    model: str
+    """Alias, hub id (only its config.json is fetched) or local folder with a config.json."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the main branch."""
+
+    # --- machine ---
+    gpus: int = 1
+    """GPUs, all of one machine; one rank on each."""
+
+    gpu_memory: str = "24"
+    """GiB of each GPU, or a comma-separated list with one size per GPU: the smallest decides."""
+
+    cpu_memory: float = 64.0
+    """GiB of RAM of the machine."""
+
+    gpu_tflops: float = 100.0
+    """Matrix products in 1e12 FLOP/s that a GPU sustains (a fast 24 GB gaming card: 100; H100: 500); for the time only."""
+
+    host_bandwidth: float = 20.0
+    """GB/s between host memory and a GPU (PCIe 4.0 x16: 20); for the time only."""
+
+    link_bandwidth: float = 10.0
+    """GB/s that a GPU gets from the others (without NVLink: 10); for the time only."""
+
+    # --- run ---
+    context_length: int = 2048
+    """Tokens per sequence."""
+
+    batch_size: int = 1
+    """Sequences per GPU and micro-batch."""
+
+    lora_rank: int = 64
+    """Rank of the LoRA matrices."""
+
+    lora_target_modules: str = "all-linear"
+    """'all-linear' (every linear layer of the decoder blocks) or comma-separated names such as q_proj,v_proj."""
+
+    double_quant: bool = True
+    """Quantise the block scales too; a checkpoint that is already quantised keeps its own form."""
+
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """dtype of the computation."""
+
+    sharding: Literal["full", "none"] = "full"
+    """full: the base is sharded over all GPUs; none: every GPU holds all of it."""
+
+    cpu_offload: str = "auto"
+    """As in training: auto, none, all or a number of blocks."""
+
+    activation_checkpointing: str = "auto"
+    """As in training: auto, none, full or a number of blocks."""
+
+    activation_offload: bool = False
+    """As in training: keep the inputs of checkpointed blocks in CPU memory."""
+
+    # --- output ---
+    plot: str | None = None
+    """Save a picture of the memory by component to this file (.png; needs matplotlib)."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
+
+
 def field_names() -> list[str]:
     """Return the names of all training settings in the order of their definition."""
     return [field.name for field in dataclasses.fields(TrainConfig)]
@@ -205,7 +288,7 @@ def docs(cls: type = TrainConfig) -> dict[str, str]:
     return {setting.name: setting.doc for setting in settings.describe(cls)}
 
 
-def to_dict(config: TrainConfig | GenerateConfig) -> dict[str, Scalar]:
+def to_dict(config: TrainConfig | GenerateConfig | PlanConfig) -> dict[str, Scalar]:
     """Return the settings as plain values, in the order of their definition."""
     return dataclasses.asdict(config)
 
@@ -227,6 +310,18 @@ def _at_least(limit: int) -> Rule:
     return Rule(lambda value: value >= limit, f"at least {limit}")
 
 
+def _above(limit: int) -> Rule:
+    return Rule(lambda value: value > limit, f"above {limit}")
+
+
+def _number_or(*words: str) -> Rule:
+    return Rule(lambda value: value in words or value.isdecimal(), f"{', '.join(words)} or a number of blocks")
+
+
+def _is_sizes(text: str) -> bool:
+    return all(re.fullmatch(r"\s*\d+(\.\d+)?\s*", size) and float(size) > 0 for size in text.split(","))
+
+
 def _is_safe_path(path: str) -> bool:
     return path.isprintable() and all(len(os.fsencode(part)) <= 255 for part in PurePath(path).parts)
 
@@ -237,18 +332,26 @@ RULES: dict[str, Rule] = {
     "context_length": _at_least(8),
     "eval_split": _SHARE,
     "lora_rank": _at_least(1),
-    "lora_alpha": Rule(lambda value: value > 0, "above 0"),
+    "lora_alpha": _above(0),
     "lora_dropout": _SHARE,
     "lora_target_modules": Rule(
         lambda value: all(re.fullmatch(r"\s*[\w.-]+\s*", name) for name in value.split(",")),
         "'all-linear' or module names separated by commas, such as q_proj,v_proj",
     ),
+    "cpu_offload": _number_or("auto", "none", "all"),
+    "activation_checkpointing": _number_or("auto", "none", "full"),
+    "gpu_memory": Rule(_is_sizes, "a number of GiB above 0, or several separated by commas"),
+    "cpu_memory": _above(0),
+    "gpus": _at_least(1),
+    "gpu_tflops": _above(0),
+    "host_bandwidth": _above(0),
+    "link_bandwidth": _above(0),
     "timeout_s": _at_least(1),
     "batch_size": _at_least(1),
     "gradient_accumulation_steps": _at_least(1),
     "num_epochs": _at_least(1),
     "max_steps": Rule(lambda value: value == -1 or value >= 1, "-1 (no limit) or at least 1"),
-    "lr": Rule(lambda value: value > 0, "above 0"),
+    "lr": _above(0),
     "warmup_ratio": Rule(lambda value: 0 <= value <= 1, "from 0 to 1"),
     "weight_decay": _at_least(0),
     "adam_beta1": _SHARE,
@@ -266,11 +369,28 @@ RULES: dict[str, Rule] = {
 """What a value must be; a name means the same in every command."""
 
 
-def _offload_without_shards(config: TrainConfig) -> str | None:
-    if config.sharding == "none" and config.cpu_offload == "all":
+def _offload_without_shards(config: TrainConfig | PlanConfig) -> str | None:
+    if config.sharding == "none" and config.cpu_offload not in ("auto", "none", "0"):
         return (
-            "--sharding=none with --cpu_offload=all: only sharded parameters can rest on the CPU; use --sharding=full"
+            f"--sharding=none with --cpu_offload={config.cpu_offload}: only sharded parameters can rest on the CPU;"
+            " use --sharding=full"
         )
+    return None
+
+
+def _offload_of_nothing(config: TrainConfig | PlanConfig) -> str | None:
+    if config.activation_offload and config.activation_checkpointing in ("none", "0"):
+        return (
+            f"--activation_offload with --activation_checkpointing={config.activation_checkpointing}: only inputs of"
+            " checkpointed blocks can rest on the CPU; use --activation_checkpointing=full"
+        )
+    return None
+
+
+def _sizes_of_gpus(config: PlanConfig) -> str | None:
+    num_sizes = len(config.gpu_memory.split(","))
+    if num_sizes not in (1, config.gpus):
+        return f"--gpu_memory={config.gpu_memory}: {num_sizes} sizes for --gpus={config.gpus}; give one, or one per GPU"
     return None
 
 
@@ -297,8 +417,14 @@ def _uint8_on_old_torch(config: TrainConfig) -> str | None:
 CHECKS: dict[type, tuple[Check, ...]] = {
     TrainConfig: (
         Check(("sharding", "cpu_offload"), _offload_without_shards),
+        Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),
         Check(("quant_storage",), _uint8_on_old_torch),
+    ),
+    PlanConfig: (
+        Check(("sharding", "cpu_offload"), _offload_without_shards),
+        Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
+        Check(("gpu_memory", "gpus"), _sizes_of_gpus),
     ),
 }
 """Combinations that cannot work, of each command's settings."""

@@ -44,12 +44,8 @@ def answer(config: GenerateConfig) -> str:
     base = config.model or adapter_config.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
-    targets = adapter_config["target_modules"]
-    lora = LoraSettings(
-        rank=int(adapter_config["r"]),
-        alpha=float(adapter_config["lora_alpha"]),
-        target_modules=targets if isinstance(targets, str) else ",".join(targets),
-    )
+    targets = sorted({name.split(".")[-2] for name in matrices})
+    lora = LoraSettings(int(adapter_config["r"]), float(adapter_config["lora_alpha"]), target_modules=",".join(targets))
     base_folder = resolve(base)
     with process_group("full", timeout_s=600, device=None if config.device == "auto" else config.device) as ranks:
         built = build_model(

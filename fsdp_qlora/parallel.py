@@ -30,6 +30,7 @@ class LossModel(nn.Module):
         self.model = skeleton.model
         self.vocabulary = skeleton.vocabulary
         self.softcap = skeleton.logit_softcap
+        self.adapter_prefix = skeleton.family.adapter_prefix
 
     def forward(
         self,

@@ -10,21 +10,24 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
 from fsdp_qlora.adapters import save_adapter
-from fsdp_qlora.build import BuiltModel, build_model, verify_weights
+from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, process_group, sum_over_ranks
-from fsdp_qlora.errors import ConfigError, TrainingError
+from fsdp_qlora.errors import ConfigError, DataError, TrainingError
 from fsdp_qlora.loss import IGNORE
+from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
 from fsdp_qlora.parallel import MemorySettings
+from fsdp_qlora.plan_report import Request, budget_of, choose, choose_on_cpu, in_words
+from fsdp_qlora.planner import Run, model_shape
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, prepare_output_dir, write_record
 
@@ -61,9 +64,9 @@ class Trainer:
         """Return the sum of the token losses of a micro-batch, on this rank."""
         labels = batch.labels.flatten()
         positions = (labels != IGNORE).nonzero().flatten()
-        tensors = (batch.input_ids, batch.position_ids, batch.cu_seqlens, positions, labels[positions])
+        tensors = (batch.input_ids, batch.position_ids, _padded(batch.cu_seqlens), positions, labels[positions])
         input_ids, position_ids, cu_seqlens, positions, ids = (tensor.to(self.ranks.device) for tensor in tensors)
-        loss: torch.Tensor = self.root(input_ids, position_ids, cu_seqlens, batch.max_seqlen, positions, ids)["loss"]
+        loss: torch.Tensor = self.root(input_ids, position_ids, cu_seqlens, input_ids.shape[1], positions, ids)["loss"]
         return loss
 
     def train_step(self, batches: list[data.Batch], step: int) -> StepResult:
@@ -93,9 +96,8 @@ class Trainer:
             group["lr"] = learning_rate(self.config, step, self.num_steps)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        # without packing, ranks have rows of different lengths
-        num_tokens = sum_over_ranks(sum(batch.input_ids.numel() for batch in batches))
-        return StepResult(mean_loss, grad_norm, int(num_targets), int(num_tokens))
+        num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size
+        return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens)
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -162,6 +164,7 @@ class Trainer:
             "epoch": epoch,
             "tokens_per_second": round(rate, 1),
             "target_tokens": result.num_targets,
+            "step_seconds": round(seconds, 3),
             "peak_gpu_gib": round(memory, 2),
         }
         metrics.log(record, step + 1)
@@ -172,6 +175,12 @@ class Trainer:
             f"  lr {lr:.2e}  {rate:.0f} tok/s{gpu}  {remaining / 60:.1f} min left",
             step + 1,
         )
+
+
+def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:
+    """Return document boundaries with empty documents at the end, up to a power of two: few shapes, few compilations."""
+    length = max(64, 1 << (len(cu_seqlens) - 1).bit_length())
+    return torch.nn.functional.pad(cu_seqlens, (0, length - len(cu_seqlens)), value=int(cu_seqlens[-1]))
 
 
 def run(config: TrainConfig) -> None:
@@ -190,10 +199,12 @@ def _say(ranks: Ranks, text: str) -> None:
 
 def _train(config: TrainConfig, ranks: Ranks) -> None:
     torch.manual_seed(config.seed + ranks.rank)
+    _cap_gpu_memory(config, ranks)
     folder = _resolve_model(config, ranks)
-    tokenizer, train, evaluation = _load_data(config, ranks, folder)
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
-    built = _load_model(config, ranks, folder, lora)
+    memory = _memory_settings(config, ranks, folder, lora)
+    tokenizer, train, evaluation = _load_data(config, ranks, folder)
+    built = _load_model(config, ranks, folder, lora, memory)
     trainer = Trainer(config, ranks, built, train, evaluation)
     _say_arithmetic(config, ranks, trainer)
     record = describe(config, ranks)
@@ -203,11 +214,22 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
         write_record(output, record)
     with Metrics(config, record, trainer.num_steps, ranks.is_main) as metrics:
         summary = trainer.fit(metrics)
+    summary["ranks"] = _rank_reports(ranks, built)
     save_adapter(built.root, lora, _base_name(config, folder), output / "adapter", ranks)
     if ranks.is_main:
         tokenizer.save_pretrained(output / "adapter")
         write_record(output, {**record, "result": summary})
         _say_summary(config, summary, output)
+
+
+def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:
+    """Hold this rank to --gpu_memory, so that a large card behaves like the small one that was planned for."""
+    if config.gpu_memory is None or ranks.device.type != "cuda":
+        return
+    sizes = [float(size) for size in config.gpu_memory.split(",")]
+    wanted = sizes[ranks.rank] if len(sizes) > 1 else sizes[0]
+    total = torch.cuda.get_device_properties(ranks.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, wanted * 2**30 / total), ranks.device)
 
 
 def _resolve_model(config: TrainConfig, ranks: Ranks) -> Path:
@@ -231,8 +253,9 @@ def _load_data(
     config: TrainConfig, ranks: Ranks, folder: Path
 ) -> tuple[PreTrainedTokenizerBase, data.Loader, data.Loader | None]:
     with agree_on_errors(ranks, "loading the data"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(folder)
         train, evaluation, report = data.load_splits(config, tokenizer)
+        _check_vocabulary([*train, *evaluation], read_config(folder)[0].vocab_size)
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
         common: dict[str, Any] = {
             "batch_size": config.batch_size,
@@ -252,8 +275,20 @@ def _load_data(
     return tokenizer, train_loader, eval_loader
 
 
-def _load_model(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings) -> BuiltModel:
-    quant = QuantSettings(config.quant_type, config.double_quant, config.quant_storage, ranks.num_shards)
+def _check_vocabulary(examples: list[data.Example], vocab_size: int) -> None:
+    """Raise DataError if a token has no row in the embedding; looking it up would fail late, or give zeros."""
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer makes token {largest} of this data, and the model has {vocab_size} tokens;"
+            " tokenizer files and config.json do not belong together: download the model again"
+        )
+
+
+def _load_model(
+    config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings, memory: MemorySettings
+) -> BuiltModel:
+    quant = _quant_settings(config, ranks)
     started = time.monotonic()
     shown = [0.0]
 
@@ -268,9 +303,10 @@ def _load_model(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSetti
         quant,
         lora,
         compute_dtype(config.precision, ranks.device),
-        memory=_memory_settings(config, folder),
+        memory=memory,
         seed=config.seed,
         progress=progress,
+        compiled=config.compile == "auto" and ranks.device.type == "cuda",
     )
     if config.verify_weights:
         verify_weights(built, ranks)
@@ -283,15 +319,42 @@ def _load_model(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSetti
     return built
 
 
-def _memory_settings(config: TrainConfig, folder: Path) -> MemorySettings:
-    num_blocks = read_config(folder)[0].num_hidden_layers
-    offload = config.cpu_offload == "all"
-    return MemorySettings(
-        offload_blocks=num_blocks if offload else 0,
-        offload_vocabulary=offload,
-        offload_lora=offload,
-        checkpoint_blocks=num_blocks if config.activation_checkpointing == "full" else 0,
+def _quant_settings(config: TrainConfig, ranks: Ranks) -> QuantSettings:
+    return QuantSettings(config.quant_type, config.double_quant, config.quant_storage, ranks.num_shards)
+
+
+def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings) -> MemorySettings:
+    """Resolve the autos, equally on all ranks; ConfigError for a run that cannot fit."""
+    with agree_on_errors(ranks, "planning the memory"):
+        dtype = compute_dtype(config.precision, ranks.device)
+        shape = model_shape(folder, _quant_settings(config, ranks), lora, dtype)
+    budget, local_ranks = budget_of(ranks, config.gpu_memory, config.cpu_memory)
+    request = Request(
+        Run(
+            config.batch_size,
+            config.context_length,
+            local_ranks=local_ranks,
+            accumulates=config.gradient_accumulation_steps > 1,
+            has_dropout=config.lora_dropout > 0,
+        ),
+        config.cpu_offload,
+        config.activation_checkpointing,
+        config.activation_offload,
+        sharded=config.sharding == "full",
     )
+    if ranks.device.type == "cpu":
+        memory = choose_on_cpu(shape, budget, request)
+        _say(ranks, f"memory: {in_words(shape, memory)}")
+        return memory
+    choice = choose(shape, budget, request)
+    wanted = choice.estimate
+    _say(
+        ranks,
+        f"memory: {in_words(shape, choice.memory)}; about {wanted.gpu_bytes / GIB:.1f} of {budget.gpu / GIB:.1f}"
+        f" GiB a GPU and {wanted.host_bytes / GIB:.1f} of {budget.host / GIB:.1f} GiB of host memory"
+        + ("" if choice.fits else ": expected to run out of memory"),
+    )
+    return choice.memory
 
 
 def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None:
@@ -308,6 +371,18 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
         f"run: {trainer.num_steps} steps over {stats.num_sequences} sequences an epoch"
         f" ({100 * stats.efficiency:.0f} % filled)",
     )
+
+
+def _rank_reports(ranks: Ranks, built: BuiltModel) -> list[dict[str, float]]:
+    """Return what each rank read and used."""
+    own = {
+        "bytes_read": built.report.bytes_read,
+        "load_seconds": round(built.report.seconds, 2),
+        "peak_gpu_gib": round(memory_gib(ranks.device), 2),
+    }
+    reports: list[dict[str, float]] = [{} for _ in range(ranks.world_size)]
+    dist.all_gather_object(reports, own)
+    return reports
 
 
 def _base_name(config: TrainConfig, folder: Path) -> str:

@@ -82,7 +82,7 @@ def tiny_curve(ranks: Ranks) -> reference.Curves:
 def smollm2_curve(ranks: Ranks) -> reference.Curves:
     """Train SmolLM2-135M both ways on questions of the demo data."""
     pair, loader = reference.smollm2(ranks, TOKENS)
-    return reference.train_both(pair, ranks, loader, CURVE_STEPS, lr=2e-4)
+    return reference.train_both(pair, ranks, loader, CURVE_STEPS, lr=reference.SMOLLM2_LR)
 
 
 def page(rows: list[str], tiny: reference.Curves, real: reference.Curves, seconds: float) -> str:
@@ -115,7 +115,7 @@ def page(rows: list[str], tiny: reference.Curves, real: reference.Curves, second
         "| model | data | first loss | last loss | largest deviation |",
         "|---|---|---|---|---|",
         curve_row("tiny llama", f"random tokens, 4 rows of up to {TOKENS} tokens a step, lr 1e-2", tiny),
-        curve_row("SmolLM2-135M-Instruct", f"{CURVE_STEPS} arithmetic questions, one a step, lr 2e-4", real),
+        curve_row("SmolLM2-135M-Instruct", f"{CURVE_STEPS} questions and answers, one a step, lr 2e-4", real),
         "",
         f"SmolLM2's losses every {CURVE_STEPS // 5} steps:",
         "",

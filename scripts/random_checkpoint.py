@@ -2,8 +2,8 @@
 
     python scripts/random_checkpoint.py --shape llama-70b --folder /tmp/llama-70b [--num_blocks 80]
 
-The 4-bit codes are random and the scales lie around 0.05, as those of real weights do, so that values stay finite through all
-blocks. A small byte-level tokenizer and a text dataset (data.jsonl) are saved beside the weights: train.py runs on the folder.
+The 4-bit codes are random and the scales lie around 0.05, so that values stay finite through all blocks. A tokenizer of
+single bytes and a text dataset (data.jsonl) are saved beside the weights, so that train.py runs on the folder.
 """
 
 from __future__ import annotations

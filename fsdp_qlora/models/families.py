@@ -16,12 +16,14 @@ class Family:
         text_prefixes: how the names of the language model's tensors may begin in a checkpoint that holds more than
             the language model (images), as pairs (prefix in the checkpoint, prefix in transformers' text-only model).
         other_prefixes: how the names of tensors begin that the language model does not need.
+        adapter_prefix: how the names of the decoder's modules begin in the model that an adapter is applied to.
         last_linear: the layer whose output does nothing but enter a block's final sum, None if something follows it.
     """
 
     title: str
     text_prefixes: tuple[tuple[str, str], ...] = ()
     other_prefixes: tuple[str, ...] = ()
+    adapter_prefix: str = "model."
     last_linear: str | None = "mlp.down_proj"
 
 
@@ -42,6 +44,7 @@ FAMILIES: dict[str, Family] = {
             ("language_model.lm_head.", "lm_head."),
         ),
         other_prefixes=GEMMA3_VISION,
+        adapter_prefix="model.language_model.",
         last_linear=None,
     ),
     "phi3": Family("Phi-3, Phi-3.5, Phi-4"),

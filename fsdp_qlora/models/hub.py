@@ -35,25 +35,56 @@ def resolve(model: str, revision: str | None = None) -> Path:
         ModelError: unknown name, no access, no network, or a model that asks for custom code.
         WeightsError: no safetensors weights, or the download cannot be stored.
     """
-    alias = ALIASES.get(model)
-    folder = Path(model).expanduser()
-    if alias is not None and alias.repo is None:
-        _refuse_revision(model, revision)
-        return smollm2.ensure(cache_dir())
-    if alias is None and folder.is_dir():
-        _refuse_revision(model, revision)
-        check_config(folder)
+    folder = _local_folder(model, revision)
+    if folder is not None:
         check_weights(folder)
         return folder
-    repo = alias.repo if alias is not None and alias.repo else model
-    if alias is None and (folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model)):
-        raise ModelError(_unknown(model, folder))
+    repo = _repo(model)
     # The small files come first, so that a model that will be refused costs no download of its weights.
     snapshot = _download(repo, revision, _TEXT_FILES)
     check_config(snapshot, name=repo)
     snapshot = _download(repo, snapshot.name, _TEXT_FILES + _WEIGHT_FILES)
     check_weights(snapshot, name=repo)
     return snapshot
+
+
+def resolve_config(model: str, revision: str | None = None) -> Path:
+    """Return a local folder with the config.json of a --model value; of a hub model nothing else is fetched.
+
+    Raises:
+        ModelError: as `resolve`; weights are not asked for.
+    """
+    folder = _local_folder(model, revision)
+    if folder is not None:
+        return folder
+    snapshot = _download(_repo(model), revision, ("config.json",))
+    check_config(snapshot, name=model)
+    return snapshot
+
+
+def _local_folder(model: str, revision: str | None) -> Path | None:
+    """Return the folder of a model that needs no hub, with its config checked; None for hub models."""
+    alias = ALIASES.get(model)
+    if alias is not None and alias.repo is None:
+        _refuse_revision(model, revision)
+        return smollm2.ensure(cache_dir())
+    folder = Path(model).expanduser()
+    if alias is not None or not folder.is_dir():
+        return None
+    _refuse_revision(model, revision)
+    check_config(folder)
+    return folder
+
+
+def _repo(model: str) -> str:
+    """Return the hub id of an alias or hub id; ModelError for anything else."""
+    alias = ALIASES.get(model)
+    if alias is not None and alias.repo is not None:
+        return alias.repo
+    folder = Path(model).expanduser()
+    if folder.exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", model):
+        raise ModelError(_unknown(model, folder))
+    return model
 
 
 def cache_dir() -> Path:

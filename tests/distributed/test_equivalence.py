@@ -172,17 +172,25 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny("llama", tmp_path_factory.mktemp("equivalence") / "llama", num_hidden_layers=2)
 
 
+class Results(dict[tuple[int, Split], dict[str, Any]]):
+    """What the ranks found by world size and split, each world size run when first asked for."""
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__()
+        self.folder = folder
+
+    def __missing__(self, key: tuple[int, Split]) -> dict[str, Any]:
+        world_size = key[0]
+        by_rank = run_ranks(train_on_rank, world_size, self.folder, SPLITS[world_size])
+        for number, split in enumerate(SPLITS[world_size]):
+            assert all(found[number]["steps"] == by_rank[0][number]["steps"] for found in by_rank)
+            self[world_size, split] = by_rank[0][number]
+        return self[key]
+
+
 @pytest.fixture(scope="module")
-def results(folder: Path) -> dict[tuple[int, Split], dict[str, Any]]:
-    """What the ranks found, by world size and split; the steps' results are those of every rank."""
-    found = {}
-    for world_size, splits in SPLITS.items():
-        by_rank = run_ranks(train_on_rank, world_size, folder, splits)
-        for number, split in enumerate(splits):
-            for other in by_rank[1:]:
-                assert other[number]["steps"] == by_rank[0][number]["steps"]
-            found[world_size, split] = by_rank[0][number]
-    return found
+def results(folder: Path) -> Results:
+    return Results(folder)
 
 
 CASES = [(world_size, split) for world_size, splits in SPLITS.items() for split in splits]
@@ -195,9 +203,7 @@ def name_of(world_size: int, split: Split) -> str:
 
 
 @pytest.mark.parametrize(("world_size", "split"), CASES, ids=[name_of(*case) for case in CASES])
-def test_a_step_does_not_depend_on_how_it_is_split(
-    results: dict[tuple[int, Split], dict[str, Any]], world_size: int, split: Split
-) -> None:
+def test_a_step_does_not_depend_on_how_it_is_split(results: Results, world_size: int, split: Split) -> None:
     assert world_size * split.batch_size * split.accumulation == SEQUENCES
     expected, found = results[CASES[0]], results[world_size, split]
     for step, (one, other) in enumerate(zip(found["steps"], expected["steps"], strict=True)):
@@ -208,7 +214,7 @@ def test_a_step_does_not_depend_on_how_it_is_split(
     assert_close(found["adapter"], expected["adapter"], "adapter")
 
 
-def test_the_cases_are_not_easier_than_they_look(results: dict[tuple[int, Split], dict[str, Any]]) -> None:
+def test_the_cases_are_not_easier_than_they_look(results: Results) -> None:
     result = results[CASES[0]]
     counts = [step.num_targets for step in result["steps"]]
     assert len(set(counts)) == NUM_STEPS, "unequal numbers of targets per step"
@@ -221,9 +227,7 @@ def test_the_cases_are_not_easier_than_they_look(results: dict[tuple[int, Split]
 
 
 @pytest.mark.parametrize(("world_size", "split"), CASES, ids=[name_of(*case) for case in CASES])
-def test_clipping_scales_the_whole_gradient_to_the_norm(
-    results: dict[tuple[int, Split], dict[str, Any]], world_size: int, split: Split
-) -> None:
+def test_clipping_scales_the_whole_gradient_to_the_norm(results: Results, world_size: int, split: Split) -> None:
     result = results[world_size, split]
     for step, gradients in zip(result["steps"], result["gradients"], strict=True):
         assert step.grad_norm > MAX_GRAD_NORM

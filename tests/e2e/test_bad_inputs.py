@@ -95,9 +95,14 @@ CASES: dict[str, Case] = {
     "config no JSON": Case("config.json", damage=lambda m, d: (m / "config.json").write_text("{")),
     "unsupported family": Case("model_type 'bert'", damage=change_config(model_type="bert")),
     "code of the model's own": Case("auto_map", damage=change_config(auto_map={"AutoModelForCausalLM": "x.Y"})),
-    "no tokenizer": Case(
-        "tokenizer", damage=lambda m, d: [path.unlink() for path in m.glob("tokenizer*")] and remove_template_file(m)
+    "no tokenizer": Case("its tokenizer cannot be loaded", damage=lambda m, d: (m / "tokenizer.json").unlink()),
+    "tokenizer no JSON": Case(
+        "its tokenizer cannot be loaded (JSONDecodeError", damage=lambda m, d: (m / "tokenizer.json").write_text("{")
     ),
+    "tokenizer of another form": Case(
+        "its tokenizer cannot be loaded (KeyError", damage=lambda m, d: (m / "tokenizer.json").write_text("{}")
+    ),
+    "tokenizer of another model": Case("and the model has 200 tokens", damage=change_config(vocab_size=200)),
     "no chat template": Case("no chat template", damage=remove_template),
     # the data
     "missing dataset": Case("no such file", settings={"dataset": "/nowhere/rows.jsonl"}),
@@ -123,10 +128,6 @@ CASES: dict[str, Case] = {
     "output folder in use": Case("is not empty", code=2, settings={"output_dir": "MODEL"}),
     "output folder is a file": Case("cannot be used", code=2, settings={"output_dir": "DATASET"}),
 }
-
-
-def remove_template_file(model: Path) -> None:
-    (model / "chat_template.jinja").unlink(missing_ok=True)
 
 
 def prepare(case: Case, base: Path, dataset: Path, folder: Path) -> list[str]:

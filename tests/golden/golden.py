@@ -16,6 +16,7 @@ from fsdp_qlora import data
 from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.trainer import StepResult, Trainer
 from tests.tiny import COMMON, save_tiny
@@ -63,6 +64,7 @@ def train(
         QuantSettings(config.quant_type, config.double_quant, config.quant_storage, ranks.num_shards),
         lora,
         torch.float32,
+        memory=MemorySettings(checkpoint_blocks=COMMON["num_hidden_layers"]),
         seed=config.seed,
     )
     loader = data.Loader(

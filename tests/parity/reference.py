@@ -24,12 +24,15 @@ from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.models.skeleton import read_config
+from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.trainer import Trainer
 
 LORA = LoraSettings(rank=8, alpha=16.0)
 NF4 = QuantSettings()
+SMOLLM2_LR = 2e-4
 PARTS = ("lora_A", "lora_B")
 
 
@@ -62,9 +65,12 @@ def load_ours(
     lora: LoraSettings = LORA,
     dtype: torch.dtype = torch.float32,
     zero_lora_B: bool = False,
+    recompute: bool = True,
 ) -> BuiltModel:
     """Load a checkpoint as training does, with random values in lora_B unless it is to stay zero."""
-    built = build_model(folder, ranks, quant, lora, dtype)
+    num_blocks = read_config(folder)[0].num_hidden_layers
+    memory = MemorySettings(checkpoint_blocks=num_blocks if recompute else 0)
+    built = build_model(folder, ranks, quant, lora, dtype, memory=memory)
     generator = torch.Generator().manual_seed(1)
     for linear in lora_linears(built.root):
         if linear.lora_B is not None and not zero_lora_B:
@@ -184,9 +190,13 @@ def unpacked_loader(
 
 
 def smollm2(ranks: Ranks, context_length: int) -> tuple[Pair, data.Loader]:
-    """Return the real SmolLM2-135M both ways and 50 questions of the demo data, one a step."""
+    """Return the real SmolLM2-135M both ways and 50 conversations of the demo data, one a step, every token a target.
+
+    With the two or three tokens of an answer alone as targets, the matrix product of loss and head has as many rows, and
+    MKL adds up such products over the vocabulary with a hundred times the rounding error of larger ones.
+    """
     folder = resolve("smollm2-135m")
-    config = TrainConfig(dataset="demo", context_length=context_length, packing=False)
+    config = TrainConfig(dataset="demo", context_length=context_length, packing=False, train_on="all")
     examples, _, _ = data.load_splits(config, AutoTokenizer.from_pretrained(folder))
     pair = load_pair(folder, ranks, zero_lora_B=True)
     return pair, unpacked_loader(examples[:50], context_length, batch_size=1)

@@ -59,6 +59,7 @@ CASES = {
     "window": {"sliding_window": 5},
     "window_of_one": {"sliding_window": 1},
     "window_as_long_as_a_document": {"sliding_window": 16},
+    "window_one_shorter_than_a_document": {"sliding_window": 23},
     "softcap": {"softcap": 1.5},
     "softcap_window_scaled": {"softcap": 1.5, "sliding_window": 5, "scaling": 0.3},
 }

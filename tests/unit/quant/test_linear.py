@@ -160,18 +160,44 @@ def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def function(x: Tensor, x_lora: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return linear_module.LoRALinearFunction.apply(
-            x, x_lora, layer.packed, bias, lora_A, lora_B, layer.layout, SCALING
+            x, x_lora, layer.packed, bias, lora_A, lora_B, layer.layout, SCALING, False
         )
 
     def without_dropout(x: Tensor, lora_A: Tensor, lora_B: Tensor) -> Tensor:
         return linear_module.LoRALinearFunction.apply(
-            x, None, layer.packed, bias, lora_A, lora_B, layer.layout, SCALING
+            x, None, layer.packed, bias, lora_A, lora_B, layer.layout, SCALING, False
         )
 
     x, x_lora = (torch.randn(3, 8, dtype=torch.float64, requires_grad=True) for _ in range(2))
     lora_A, lora_B = (t.data.double().requires_grad_() for t in (layer.lora_A, layer.lora_B))
     assert torch.autograd.gradcheck(function, (x, x_lora, lora_A, lora_B))
     assert torch.autograd.gradcheck(without_dropout, (x, lora_A, lora_B))
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_skipping_the_product_keeps_the_gradients(monkeypatch: pytest.MonkeyPatch, case: str) -> None:
+    layer = make_layer(**CASES[case])
+    x = random_input(2, 7, IN)
+    expected = run(layer, layer, x)
+    x.grad = None
+    for parameter in (layer.lora_A, layer.lora_B):
+        if parameter is not None:
+            parameter.grad = None
+    uses: list[str] = []
+    real = linear_module.dequantize
+
+    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
+        uses.append(use)
+        return real(packed, layout, dtype, use)
+
+    monkeypatch.setattr(linear_module, "dequantize", watched)
+    layer.skip_product = True
+    found = run(layer, layer, x)
+    assert found.output.shape == expected.output.shape
+    assert uses == ["backward"]
+    for name in NAMES:
+        a, b = found.grads[name], expected.grads[name]
+        assert (a is None and b is None) or (a is not None and b is not None and a.equal(b)), name
 
 
 BIG_OUT, BIG_IN, TOKENS = 256, 192, 6  # the matrix is far larger than everything that may be kept

@@ -1,0 +1,397 @@
+"""What a run needs of GPU and host memory, from the model's config alone, and the settings that make it fit.
+
+The estimate is the largest of the phases of a step, not the sum of everything: what is alive in one phase gives its memory
+to the next. Parameters are counted exactly; activations follow from the widths of a block and the coefficients below,
+which are there to be fitted to measurements.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from fsdp_qlora import loss
+from fsdp_qlora.memory import GIB
+from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
+from fsdp_qlora.parallel import MemorySettings, spread
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Elements a token takes in the tensors of a block; `norm` sums over the inputs of all its RMSNorms."""
+
+    norm: int
+    hidden: int
+    query: int
+    key_value: int
+    intermediate: int
+
+
+@dataclass(frozen=True)
+class Alive:
+    """How many tensors of each width are alive at once; those of `norm` are float32, the others of the compute dtype."""
+
+    norm: float = 0
+    hidden: float = 0
+    query: float = 0
+    key_value: float = 0
+    intermediate: float = 0
+
+    def bytes_per_token(self, widths: Widths, itemsize: int) -> float:
+        others = self.hidden * widths.hidden + self.query * widths.query
+        others += self.key_value * widths.key_value + self.intermediate * widths.intermediate
+        return 4 * self.norm * widths.norm + itemsize * others
+
+
+# --- coefficients, to be fitted to measurements (eager modules of transformers) ---
+SAVED = Alive(norm=1, hidden=2, query=2, key_value=2, intermediate=4)
+"""Kept by autograd in one block: float32 copy before each norm; inputs of q/k/v and gate/up; q and attention output; k
+and v; gate, silu(gate), up and their product."""
+
+FORWARD = Alive(hidden=2, intermediate=3)
+"""Alive in a forward that keeps nothing: residual, norm output; silu(gate), up before and after LoRA is added."""
+
+BACKWARD = Alive(hidden=2, intermediate=2)
+"""Alive in a block's backward beside SAVED: gradients of the output and of two tensors of the MLP."""
+
+LOSS_FORWARD = Alive(norm=1, hidden=4)
+"""Beside the logits: final norm's float32 copy; hidden states before it, after it, of the targets, and their gradient."""
+
+LOSS_BACKWARD = Alive(norm=4, hidden=3)
+"""Backward of the final norm, in float32."""
+
+LOGITS = 3.5
+"""Float32 logits of one chunk: the old chunk's and their gradient, the new chunk's in both dtypes."""
+
+LOGITS_SOFTCAPPED = 6.5
+SCORE_BYTES = 4, 3
+"""Per score of soft-capped attention, which keeps them all: bytes in float32, and tensors in the compute dtype."""
+
+GATHER_BUFFERS = 2
+"""Block-sized buffers of FSDP's gather stream (current and prefetched block), never free for other tensors."""
+
+UNSHARDED_GRADIENTS = 2
+"""Copies of one block's LoRA gradients: as computed, and as reduce-scatter's input."""
+
+OPTIMIZER_COPIES = 1
+"""Copies of the trained parameters that a step of AdamW makes."""
+
+SLACK = 0.10
+"""The allocator's fragmentation, as a share of all that comes and goes."""
+
+CONTEXT_BYTES = GIB // 2
+"""CUDA context and libraries, outside torch's allocator."""
+
+PROCESS_BYTES = 3 * GIB // 2
+"""Host memory of one process: Python, torch, CUDA."""
+
+
+@dataclass(frozen=True)
+class BlockShape:
+    """Bytes of one decoder block's parameters, whole and in this rank's part: 4-bit, other frozen, LoRA (float32)."""
+
+    packed: int
+    packed_part: int
+    frozen: int
+    frozen_part: int
+    lora: int
+    lora_part: int
+    num_weights: int
+
+    @property
+    def gathered(self) -> int:
+        return self.packed + self.frozen + self.lora
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the planner knows of a model, as one rank of `num_shards` holds it.
+
+    Attributes:
+        blocks: the decoder blocks.
+        norm_part: bytes of this rank's part of the final norm.
+        vocabulary_rows, vocabulary_part_rows: rows of the head, whole and in this rank's part.
+        tied: whether the embedding is the same matrix.
+        widths: see Widths.
+        num_heads: query heads.
+        largest_weights, largest_packed: largest quantised matrix of a block: weights, and bytes packed.
+        lora_widths: sums over the LoRA layers of a block: rank, and input width.
+        itemsize: bytes of the compute dtype.
+        softcapped: whether logits, and whether attention scores, are soft-capped.
+        max_positions: the model's longest context.
+    """
+
+    num_shards: int
+    blocks: tuple[BlockShape, ...]
+    norm_part: int
+    vocabulary_rows: int
+    vocabulary_part_rows: int
+    tied: bool
+    widths: Widths
+    num_heads: int
+    largest_weights: int
+    largest_packed: int
+    lora_widths: tuple[int, int]
+    itemsize: int
+    softcapped: tuple[bool, bool]
+    max_positions: int
+
+    @property
+    def head_bytes(self) -> int:
+        return self.vocabulary_rows * self.widths.hidden * self.itemsize
+
+    @property
+    def vocabulary_part(self) -> int:
+        """Bytes of this rank's rows of embedding and head."""
+        rows = self.vocabulary_part_rows * (1 if self.tied else 2)
+        return rows * self.widths.hidden * self.itemsize
+
+    @functools.cached_property
+    def gathered(self) -> int:
+        return max(block.gathered for block in self.blocks)
+
+
+def model_shape(
+    folder: Path, quant: QuantSettings, lora: LoraSettings, dtype: torch.dtype, shard: int = 0
+) -> ModelShape:
+    """Measure the model of a folder with config.json as quantised, adapted and sharded; nothing is allocated.
+
+    Args:
+        quant: form of the base, including the number of shards; a quantised checkpoint keeps its own.
+        shard: whose part; the first is never smaller than the others.
+
+    Raises:
+        ModelError: unsupported model, or a LoRA target that matches nothing.
+    """
+    stored = getattr(read_config(folder)[0], "quantization_config", None)
+    if isinstance(stored, dict):
+        quant = replace(quant, double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)))
+    skeleton = build_skeleton(folder, dtype)
+    quantize_and_adapt(skeleton, quant, lora, dtype)
+    config = skeleton.config
+    block = skeleton.blocks[0]
+    layouts = [linear.layout for linear in lora_linears(block)]
+    adapted = [linear.lora_A.shape for linear in lora_linears(block) if linear.lora_A is not None]
+    largest = max(layouts, key=lambda layout: layout.num_weights)
+    head = skeleton.vocabulary.weight
+    norm = skeleton.decoder.norm
+    assert isinstance(head, Tensor)
+    assert isinstance(norm, nn.Module)
+    return ModelShape(
+        num_shards=quant.num_shards,
+        blocks=tuple(_block_shape(block, quant.num_shards, shard) for block in skeleton.blocks),
+        norm_part=sum(_part(parameter, quant.num_shards, shard) for parameter in norm.parameters()),
+        vocabulary_rows=head.shape[0],
+        vocabulary_part_rows=_rows(head.shape[0], quant.num_shards, shard),
+        tied=skeleton.tied,
+        widths=_widths(skeleton),
+        num_heads=config.num_attention_heads,
+        largest_weights=largest.num_weights,
+        largest_packed=largest.padded_bytes,
+        lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted)),
+        itemsize=dtype.itemsize,
+        softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
+        max_positions=config.max_position_embeddings,
+    )
+
+
+def _rows(rows: int, num_shards: int, shard: int) -> int:
+    """Return the rows of one shard: equal runs, of which the last may be shorter."""
+    size = -(-rows // num_shards)
+    return max(0, min(size, rows - shard * size))
+
+
+def _part(parameter: Tensor, num_shards: int, shard: int) -> int:
+    row_bytes = parameter.numel() // parameter.shape[0] * parameter.itemsize
+    return _rows(parameter.shape[0], num_shards, shard) * row_bytes
+
+
+def _block_shape(block: nn.Module, num_shards: int, shard: int) -> BlockShape:
+    sums = {"packed": [0, 0], "lora": [0, 0], "frozen": [0, 0]}
+    for name, parameter in block.named_parameters():
+        kind = name.rpartition(".")[2].partition("_")[0]
+        both = sums[kind if kind in sums else "frozen"]
+        both[0] += parameter.numel() * parameter.itemsize
+        both[1] += _part(parameter, num_shards, shard)
+    num_weights = sum(linear.layout.num_weights for linear in lora_linears(block))
+    (packed, packed_part), (lora, lora_part), (frozen, frozen_part) = sums.values()
+    return BlockShape(packed, packed_part, frozen, frozen_part, lora, lora_part, num_weights)
+
+
+def _widths(skeleton: Skeleton) -> Widths:
+    config = skeleton.config
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    query, key_value = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    named = skeleton.blocks[0].named_parameters()
+    norms = [parameter.numel() for name, parameter in named if name.endswith("norm.weight")]
+    per_head = [size for size in norms if size == head_dim != config.hidden_size]  # Qwen3, Gemma 3: norms of q and k
+    norm = sum(norms) - sum(per_head) + (query + key_value if per_head else 0)
+    return Widths(norm, config.hidden_size, query, key_value, config.intermediate_size)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One micro-batch of a rank.
+
+    Attributes:
+        batch_size, context_length: its sequences, and the tokens of each.
+        memory: what rests where.
+        local_ranks: ranks that share the host's memory.
+        accumulates: whether gradients of an earlier micro-batch are there already.
+        has_dropout: whether LoRA's inputs go through dropout.
+    """
+
+    batch_size: int
+    context_length: int
+    memory: MemorySettings = field(default_factory=MemorySettings)
+    local_ranks: int = 1
+    accumulates: bool = True
+    has_dropout: bool = False
+
+    @property
+    def tokens(self) -> int:
+        return self.batch_size * self.context_length
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes by component: on the GPU of one rank in the phase that needs most, and on the host for all its ranks.
+
+    Attributes:
+        phase: the phase of `gpu`.
+        phases: bytes on the GPU in each phase.
+    """
+
+    phase: str
+    gpu: dict[str, int]
+    host: dict[str, int]
+    phases: dict[str, int]
+
+    @property
+    def gpu_bytes(self) -> int:
+        return sum(self.gpu.values())
+
+    @property
+    def host_bytes(self) -> int:
+        return sum(self.host.values())
+
+
+def estimate(shape: ModelShape, run: Run) -> Estimate:
+    """Return what a training step takes on the GPU of one rank and on its host."""
+    resting, gradients = _resting(shape, run)
+    phases = {}
+    for phase, transient in _phases(shape, run).items():
+        complete = run.accumulates or phase in ("backward of the first block", "optimizer")
+        transient["gradients"] = transient.get("gradients", 0) + (gradients if complete else 0)
+        slack = SLACK * sum(transient.values())
+        alive = {**resting, **transient, "allocator slack": slack, "CUDA context": CONTEXT_BYTES}
+        phases[phase] = {name: round(size) for name, size in alive.items() if size}
+    totals = {phase: sum(alive.values()) for phase, alive in phases.items()}
+    worst = max(totals, key=lambda phase: totals[phase])
+    return Estimate(worst, phases[worst], _host(shape, run), totals)
+
+
+def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
+    """Return what is on the GPU in every phase, and the bytes of this rank's gradients there."""
+    memory = run.memory
+    offloaded = spread(memory.offload_blocks, len(shape.blocks))
+    lora = sum(
+        block.lora_part
+        for block, away in zip(shape.blocks, offloaded, strict=True)
+        if not (away and memory.offload_lora)
+    )
+    resident = itertools.compress(shape.blocks, [not away for away in offloaded])
+    frozen = sum(block.frozen_part for block in shape.blocks) + 2 * shape.norm_part
+    resting: dict[str, float] = {
+        "4-bit weights": sum(block.packed_part for block in resident) + frozen,
+        "embedding and head": 0 if memory.offload_vocabulary else shape.vocabulary_part,
+        "LoRA": lora,
+        "optimizer state": 2 * lora,
+    }
+    if shape.num_shards > 1:
+        resting["gathered blocks"] = GATHER_BUFFERS * shape.gathered
+    return resting, lora
+
+
+def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
+    """Return what comes and goes in each phase of a step, but for the gradients of other micro-batches and blocks."""
+    memory, tokens, count, widths, itemsize = run.memory, run.tokens, len(shape.blocks), shape.widths, shape.itemsize
+    hidden = tokens * widths.hidden * itemsize
+    on_gpu = min(memory.checkpoint_blocks, 2) if memory.offload_activations else memory.checkpoint_blocks
+    saved = _saved(shape, run)
+    kept = {"kept hidden states": on_gpu * hidden, "kept activations": (count - memory.checkpoint_blocks) * saved}
+    first = {"kept hidden states": min(on_gpu, 1) * hidden, "kept activations": kept["kept activations"] / count}
+    running = {"running block": _running(shape, memory), "dequantised matrix": shape.largest_weights * itemsize}
+    backward = {
+        **running,
+        "activations": (saved if memory.checkpoint_blocks else 0) + tokens * BACKWARD.bytes_per_token(widths, itemsize),
+        "gradients": UNSHARDED_GRADIENTS * max(block.lora for block in shape.blocks),
+    }
+    final = replace(widths, norm=widths.hidden)
+    loss_forward, loss_backward = (way.bytes_per_token(final, itemsize) for way in (LOSS_FORWARD, LOSS_BACKWARD))
+    exchanged = 2 * shape.num_shards if shape.num_shards > 1 else 1
+    trained = sum(block.lora_part for block in shape.blocks)
+    return {
+        "embedding": {"activations": exchanged * hidden},
+        "forward": {**kept, **running, "activations": tokens * FORWARD.bytes_per_token(widths, itemsize)},
+        "loss": {**kept, "activations": tokens * loss_forward, **_loss(shape, run)},
+        "loss backward": {**kept, "activations": tokens * loss_backward},
+        "backward of the last block": {**kept, **backward},
+        "backward of the first block": {**first, **backward},
+        "optimizer": {"optimizer step": 0 if memory.offload_lora else OPTIMIZER_COPIES * trained},
+    }
+
+
+def _running(shape: ModelShape, memory: MemorySettings) -> float:
+    """Return the bytes of the parameters of the block that runs, beside the gather stream's buffers."""
+    if not memory.offload_blocks:
+        return shape.gathered
+    # on its way from the host: one matrix at a time, or with several ranks the whole part of the next block
+    arriving = shape.largest_packed if shape.num_shards == 1 else max(block.packed_part for block in shape.blocks)
+    return shape.gathered + arriving
+
+
+def _saved(shape: ModelShape, run: Run) -> float:
+    """Return the bytes that autograd keeps of one block between forward and backward."""
+    rank_width, input_width = shape.lora_widths
+    per_token = SAVED.bytes_per_token(shape.widths, shape.itemsize)
+    per_token += 4 * shape.num_heads + shape.itemsize * rank_width  # log-sum-exp of attention; x A^T of every layer
+    if run.has_dropout:
+        per_token += (shape.itemsize + 1) * input_width  # the dropped inputs and their masks
+    scores = 0
+    if shape.softcapped[1]:
+        float32, others = SCORE_BYTES
+        scores = run.batch_size * shape.num_heads * run.context_length**2 * (float32 + others * shape.itemsize)
+    return run.tokens * per_token + scores
+
+
+def _loss(shape: ModelShape, run: Run) -> dict[str, float]:
+    """Return the bytes of the gathered head, and of the logits or, earlier and if larger, of its part from the host."""
+    gathers = shape.num_shards > 1 or run.memory.offload_vocabulary
+    chunk = min(loss.CHUNK_BYTES, 4 * shape.vocabulary_rows * run.tokens)
+    logits = chunk * (LOGITS_SOFTCAPPED if shape.softcapped[0] else LOGITS)
+    arriving = shape.head_bytes / shape.num_shards if shape.num_shards > 1 and run.memory.offload_vocabulary else 0
+    return {"gathered head": shape.head_bytes if gathers else 0, "logits": max(logits, arriving)}
+
+
+def _host(shape: ModelShape, run: Run) -> dict[str, int]:
+    memory, ranks = run.memory, run.local_ranks
+    offloaded = list(itertools.compress(shape.blocks, spread(memory.offload_blocks, len(shape.blocks))))
+    lora = sum(block.lora_part for block in offloaded) if memory.offload_lora else 0
+    hidden = run.tokens * shape.widths.hidden * shape.itemsize
+    sizes = {
+        "4-bit weights": ranks * sum(block.packed_part for block in offloaded),
+        "embedding and head": ranks * shape.vocabulary_part if memory.offload_vocabulary else 0,
+        "LoRA": ranks * lora,
+        "gradients": ranks * lora,
+        "optimizer state": ranks * 2 * lora,
+        "kept hidden states": ranks * memory.checkpoint_blocks * hidden if memory.offload_activations else 0,
+        "processes": ranks * PROCESS_BYTES,
+    }
+    return {name: size for name, size in sizes.items() if size}
