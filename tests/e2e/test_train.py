@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import pytest
 import torch
 from peft import AutoPeftModelForCausalLM, PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.e2e.conftest import SECRET
 
 ROOT = Path(__file__).resolve().parents[2]
 SETTINGS = {
@@ -97,6 +100,19 @@ def test_a_run_ends_well_and_says_what_it_did(runs: Runs, num_ranks: int, base: 
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])
+def test_files_hold_no_secret_and_follow_the_umask(runs: Runs, num_ranks: int) -> None:
+    run = runs[num_ranks]
+    umask = os.umask(0o022)
+    os.umask(umask)
+    assert SECRET not in run.out + run.err
+    files = [path for path in run.folder.rglob("*") if path.is_file()]
+    assert {"run.json", "adapter_model.safetensors", "tokenizer.json"} <= {path.name for path in files}
+    for path in files:
+        assert SECRET.encode() not in path.read_bytes(), path
+        assert path.stat().st_mode & 0o777 == 0o666 & ~umask, path
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
 def test_it_learns(runs: Runs, num_ranks: int) -> None:
     evaluations = {line["step"]: line["eval_loss"] for line in runs[num_ranks].metrics if "eval_loss" in line}
     assert list(evaluations) == [0, 4, 8]
@@ -139,6 +155,29 @@ def test_generate_answers_with_the_adapter(runs: Runs, environment: dict[str, st
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
     assert "colour" in result.stdout, "what it was trained to say"
+
+
+WATCHED = """
+import socket, sys
+def refuse(*arguments, **_):
+    print("connection attempt:", arguments[1:], file=sys.stderr)
+    raise OSError("no network")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from fsdp_qlora.cli import main
+main(sys.argv[1:])
+"""
+"""The command line in a process that can open no connection from Python."""
+
+
+def test_a_local_folder_needs_no_network(
+    base: Path, dataset: Path, environment: dict[str, str], tmp_path: Path
+) -> None:
+    online = {name: value for name, value in environment.items() if name != "HF_HUB_OFFLINE"}
+    arguments = flags(model=base, dataset=dataset, output_dir=tmp_path / "run", max_steps=1, context_length=64)
+    command = [sys.executable, "-c", WATCHED, "train", *arguments]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=online, cwd=tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert "connection attempt" not in result.stderr
 
 
 def test_an_error_under_torchrun_is_printed_once(

@@ -193,7 +193,7 @@ def smollm2(ranks: Ranks, context_length: int) -> tuple[Pair, data.Loader]:
     """Return the real SmolLM2-135M both ways and 50 conversations of the demo data, one a step, every token a target.
 
     With the two or three tokens of an answer alone as targets, the matrix product of loss and head has as many rows, and
-    MKL adds up such products over the vocabulary with a hundred times the rounding error of larger ones.
+    MKL adds up such products over the vocabulary with up to a hundred times the rounding error of larger ones.
     """
     folder = resolve("smollm2-135m")
     config = TrainConfig(dataset="demo", context_length=context_length, packing=False, train_on="all")

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
-from fsdp_qlora.config import GenerateConfig, TrainConfig
+from fsdp_qlora.config import GenerateConfig, PlanConfig, TrainConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.settings import describe
 
@@ -232,7 +232,7 @@ def test_required_settings_of_another_command() -> None:
     assert parsed == GenerateConfig(adapter="runs/a", prompt="5")
 
 
-@pytest.mark.parametrize("cls", [TrainConfig, GenerateConfig])
+@pytest.mark.parametrize("cls", [TrainConfig, PlanConfig, GenerateConfig])
 def test_every_setting_is_documented_in_a_section(cls: type) -> None:
     names = [field.name for field in dataclasses.fields(cls)]
     assert list(config.docs(cls)) == names
@@ -243,7 +243,7 @@ def test_every_setting_is_documented_in_a_section(cls: type) -> None:
 
 
 def test_rules_name_existing_settings() -> None:
-    known = {field.name for cls in (TrainConfig, GenerateConfig) for field in dataclasses.fields(cls)}
+    known = {field.name for cls in (TrainConfig, PlanConfig, GenerateConfig) for field in dataclasses.fields(cls)}
     assert set(config.RULES) <= known
     for cls, checks in config.CHECKS.items():
         for check in checks:

@@ -49,6 +49,17 @@ def test_lines_are_plain_text_without_a_terminal(tmp_path: Path, capsys: pytest.
     assert capsys.readouterr().out == "step 1/2  loss 1.5\n"
 
 
+def wait_for(path: Path, expected: bytes) -> bytes:
+    """Return a file's content once it holds the bytes, or after 10 seconds.
+
+    wandb's own process writes the run; finish() may return some 50 ms before the bytes are there.
+    """
+    deadline = time.monotonic() + 10
+    while expected not in (content := path.read_bytes()) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return content
+
+
 @pytest.mark.filterwarnings("error")
 def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
@@ -61,7 +72,7 @@ def test_wandb_itself_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
             metrics.log({"loss": 1 / step}, step)
     assert [record["step"] for record in records(tmp_path / "run-7")] == [1, 2, 3]
     (stored,) = (tmp_path / "run-7" / "wandb").glob("offline-run-*/*.wandb")
-    content = stored.read_bytes()
+    content = wait_for(stored, b"lora_rank")
     assert b"lora_rank" in content
     assert b"run-7" in content
     assert b"loss" in content

@@ -14,15 +14,16 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, LlamaConfig
 
-from fsdp_qlora import cli, config, trainer
+from fsdp_qlora import cli, config, finetune
 from fsdp_qlora.build import build_model
 from fsdp_qlora.config import PlanConfig, TrainConfig
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.models import hub
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.plan_report import (
+from fsdp_qlora.plan_choice import (
     Budget,
     Request,
     candidates,
@@ -30,9 +31,9 @@ from fsdp_qlora.plan_report import (
     choose_on_cpu,
     largest_batch,
     longest_context,
-    step_seconds,
 )
-from fsdp_qlora.planner import ModelShape, Run, estimate, model_shape
+from fsdp_qlora.plan_report import step_seconds
+from fsdp_qlora.planner import SLACK, ModelShape, Run, estimate, model_shape
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
 from tests.tiny import COMMON, FAMILIES, save_tiny
@@ -94,7 +95,7 @@ def counted(folder: Path) -> tuple[int, int, int, int, int]:
         return ranks.shard, sums["packed"], sums["frozen"], sums["lora"], sums["vocabulary"]
 
 
-@pytest.mark.parametrize(("family", "world_size"), [("llama", 1), ("llama", 2), ("qwen3", 2), ("qwen2", 2)])
+@pytest.mark.parametrize(("family", "world_size"), [("llama", 1), ("llama", 2), ("qwen3", 2)])
 def test_shape_counts_what_a_loaded_rank_holds(family: str, world_size: int, tmp_path: Path) -> None:
     folder = save_tiny(family, tmp_path / "model", vocab_size=321)
     lora = LoraSettings(3, 16.0)  # 3 rows of lora_A and 321 of the vocabulary: the ranks' parts differ
@@ -174,20 +175,22 @@ def test_estimate_is_the_largest_phase_and_not_the_sum_of_all(shape_of) -> None:
     assert found.phases["backward of the first block"] < found.gpu_bytes
 
 
-@pytest.mark.parametrize(("num_shards", "offload", "gathers"), [(1, False, False), (1, True, True), (2, False, True)])
-def test_the_head_is_gathered_only_where_it_is_not_whole_on_the_gpu(
-    shape_of, num_shards: int, offload: bool, gathers: bool
-) -> None:
-    memory = MemorySettings(offload_blocks=32, offload_vocabulary=offload, checkpoint_blocks=32)
-    found = estimate(shape_of("8b", num_shards), Run(1, 64, memory))
-    assert found.phase == "loss"
-    assert ("gathered head" in found.gpu) == gathers
+def test_a_head_that_is_not_whole_on_the_gpu_is_gathered_for_the_loss(shape_of) -> None:
+    memory = MemorySettings(offload_blocks=32, checkpoint_blocks=32)
+    found = estimate(shape_of("8b", 2), Run(1, 64, memory))
+    assert (found.phase, found.gpu["gathered head"]) == ("loss", 128256 * 4096 * 2)
+    # alone and on the GPU it is whole; offloaded, embedding and head leave and the head comes back for a while
+    kept, away = (
+        estimate(shape_of("8b"), Run(1, 64, replace(memory, offload_vocabulary=offload))) for offload in (False, True)
+    )
+    assert kept.phases["loss"] - away.phases["loss"] == pytest.approx((1 - SLACK) * 128256 * 4096 * 2)
+    assert kept.phases["forward"] - away.phases["forward"] == 2 * 128256 * 4096 * 2
 
 
 def test_gradients_of_an_earlier_micro_batch_are_counted(shape_of) -> None:
     first, later = (estimate(shape_of("8b"), Run(4, 2048, accumulates=again)) for again in (False, True))
     lora = sum(block.lora for block in shape_of("8b").blocks)
-    assert later.gpu_bytes - first.gpu_bytes == pytest.approx(1.1 * lora, rel=1e-3)
+    assert later.gpu_bytes - first.gpu_bytes == pytest.approx((1 + SLACK) * lora, rel=1e-3)
 
 
 # --- choices ---
@@ -221,7 +224,7 @@ def test_as_few_blocks_are_checkpointed_as_the_card_needs(shape_of) -> None:
 
 
 def test_hidden_states_go_to_the_host_for_the_longest_contexts(shape_of) -> None:
-    memory = choose(shape_of("8b"), budget(24, 64), Request(Run(1, 80_000))).memory
+    memory = choose(shape_of("8b"), budget(24, 64), Request(Run(1, 75_000))).memory
     assert memory.offload_activations
     assert memory.checkpoint_blocks == 32
 
@@ -257,13 +260,13 @@ def test_explicit_settings_are_honoured(shape_of, cpu_offload: str, checkpointin
             Request(Run(1, 2048), "all", "full"),
             ["of 20.0 GiB of host memory", "--cpu_offload auto"],
         ),
-        ("8b", 1, (8, 64), Request(Run(1, 2048), "none"), ["of 8.0 GiB on a GPU", "use --cpu_offload auto"]),
+        ("8b", 1, (7, 64), Request(Run(1, 2048), "none"), ["of 7.0 GiB on a GPU", "use --cpu_offload auto"]),
         ("8b", 1, (12, 64), Request(Run(1, 4096), "auto", "none"), ["use --activation_checkpointing auto"]),
         ("70b", 2, (24, 64), Request(Run(64, 2048)), ["64 x 2048 tokens", "use --batch_size "]),
         ("70b", 2, (24, 64), Request(Run(1, 131072)), ["80 of 80 blocks", "--context_length "]),
-        ("70b", 2, (24, 10), Request(Run(1, 2048)), ["of 10.0 GiB of host memory", "use a machine with "]),
+        ("70b", 2, (12, 10), Request(Run(1, 2048)), ["of 10.0 GiB of host memory", "use a machine with "]),
         ("70b", 1, (24, 64), Request(Run(1, 2048), sharded=False), ["use --sharding full"]),
-        ("8b", 1, (2, 64), Request(Run(1, 2048)), ["of 2.0 GiB on a GPU", "use more or larger GPUs"]),
+        ("8b", 1, (1, 64), Request(Run(1, 2048)), ["of 1.0 GiB on a GPU", "use more or larger GPUs"]),
     ],
 )
 def test_a_hopeless_run_is_refused_with_numbers_and_a_remedy(
@@ -288,7 +291,7 @@ def test_the_remedy_of_a_refusal_works(shape_of) -> None:
 
 
 def test_more_blocks_than_the_model_has(shape_of) -> None:
-    with pytest.raises(ConfigError, match="--cpu_offload=33: the model has 32 decoder blocks; use at most 32, or all"):
+    with pytest.raises(ConfigError, match="--cpu_offload=33: the model has 32 blocks; use at most 32, or all"):
         choose(shape_of("8b"), budget(80, 64), Request(Run(1, 64), cpu_offload="33"))
 
 
@@ -392,6 +395,20 @@ def test_plan_needs_no_weights_but_a_config(folders: dict[str, Path], tmp_path: 
         resolve_config(str(tmp_path))
 
 
+def test_of_a_hub_model_only_the_config_is_fetched(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def download(*arguments: object) -> Path:
+        asked.append(arguments)
+        return folders["70b"]
+
+    monkeypatch.setattr(hub, "_download", download)
+    assert resolve_config("llama-70b", "main") == folders["70b"]
+    assert asked == [("meta-llama/Llama-3.3-70B-Instruct", "main", ("config.json",))]
+    with pytest.raises(ModelError, match="neither a local folder, an alias nor a hub id"):
+        resolve_config("llama-71b")
+
+
 @pytest.mark.parametrize(
     ("cls", "overrides", "text"),
     [
@@ -427,7 +444,7 @@ def resolved(folder: Path, gpu_memory: tuple[str, ...], host_gib: tuple[float, .
         )
         on_cuda = replace(ranks, device=torch.device("cuda"))
         try:
-            return trainer._memory_settings(settings, on_cuda, folder, lora)
+            return finetune._memory_settings(settings, on_cuda, folder, lora)
         except ConfigError as error:
             return str(error)
 

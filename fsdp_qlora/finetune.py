@@ -1,0 +1,253 @@
+"""The command `train`, from settings to summary; the algorithm itself is in trainer.py."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora import data
+from fsdp_qlora.adapters import save_adapter
+from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
+from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, process_group
+from fsdp_qlora.errors import ConfigError, DataError
+from fsdp_qlora.memory import GIB
+from fsdp_qlora.metrics import Metrics, memory_gib
+from fsdp_qlora.models.aliases import ALIASES
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.models.skeleton import read_config
+from fsdp_qlora.parallel import MemorySettings
+from fsdp_qlora.plan_choice import Request, budget_of, choose, choose_on_cpu, in_words
+from fsdp_qlora.planner import Run, model_shape
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.record import describe, prepare_output_dir, write_record
+from fsdp_qlora.trainer import Trainer
+
+
+def run(config: TrainConfig) -> None:
+    """Fine-tune as `config` says; the command line's `train`."""
+    with process_group(config.sharding, config.timeout_s) as ranks:
+        with agree_on_errors(ranks, "preparing the output folder"):
+            if ranks.is_main:
+                prepare_output_dir(config)
+        _train(config, ranks)
+
+
+def _say(ranks: Ranks, text: str) -> None:
+    if ranks.is_main:
+        print(text, flush=True)
+
+
+def _train(config: TrainConfig, ranks: Ranks) -> None:
+    torch.manual_seed(config.seed + ranks.rank)
+    folder = _resolve_model(config, ranks)
+    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    memory = _memory_settings(config, ranks, folder, lora)
+    _cap_gpu_memory(config, ranks)
+    tokenizer, train, evaluation = _load_data(config, ranks, folder)
+    built = _load_model(config, ranks, folder, lora, memory)
+    trainer = Trainer(config, ranks, built, train, evaluation)
+    _say_arithmetic(config, ranks, trainer)
+    record = describe(config, ranks)
+    record["base"] = {"folder": folder.name, "fingerprint": built.fingerprint, **dataclasses.asdict(built.quant)}
+    output = Path(config.output_dir)
+    if ranks.is_main:
+        write_record(output, record)
+    with Metrics(config, record, trainer.num_steps, ranks.is_main) as metrics:
+        summary = trainer.fit(metrics)
+    summary["ranks"] = _rank_reports(ranks, built)
+    save_adapter(built.root, lora, _base_name(config, folder), output / "adapter", ranks)
+    if ranks.is_main:
+        tokenizer.save_pretrained(output / "adapter")
+        write_record(output, {**record, "result": summary})
+        _say_summary(config, summary, output)
+
+
+def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:
+    """Hold this rank to --gpu_memory, so that a large card behaves like the small one that was planned for."""
+    if config.gpu_memory is None or ranks.device.type != "cuda":
+        return
+    sizes = [float(size) for size in config.gpu_memory.split(",")]
+    wanted = sizes[ranks.rank] if len(sizes) > 1 else sizes[0]
+    total = torch.cuda.get_device_properties(ranks.device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, wanted * 2**30 / total), ranks.device)
+
+
+def _resolve_model(config: TrainConfig, ranks: Ranks) -> Path:
+    """Return the model's folder; one process of each node downloads, the others wait for it."""
+    with agree_on_errors(ranks, "fetching the model"):
+        if ranks.local_rank == 0:
+            resolve(config.model, config.revision)
+    with agree_on_errors(ranks, "checking the settings"):
+        folder = resolve(config.model, config.revision)
+        model_config, _ = read_config(folder)
+        longest = getattr(model_config, "max_position_embeddings", None)
+        if longest is not None and config.context_length > longest:
+            raise ConfigError(
+                f"context_length {config.context_length} is longer than the model's {longest} positions;"
+                f" use at most {longest}"
+            )
+    return folder
+
+
+def _load_data(
+    config: TrainConfig, ranks: Ranks, folder: Path
+) -> tuple[PreTrainedTokenizerBase, data.Loader, data.Loader | None]:
+    with agree_on_errors(ranks, "loading the data"):
+        tokenizer = load_tokenizer(folder)
+        train, evaluation, report = data.load_splits(config, tokenizer)
+        _check_vocabulary([*train, *evaluation], read_config(folder)[0].vocab_size)
+        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+        common: dict[str, Any] = {
+            "batch_size": config.batch_size,
+            "context_length": config.context_length,
+            "packing": config.packing,
+            "rank": ranks.rank,
+            "world_size": ranks.world_size,
+            "seed": config.seed,
+            "pad_token_id": pad,
+        }
+        accumulation = config.gradient_accumulation_steps
+        train_loader = data.Loader(train, gradient_accumulation_steps=accumulation, shuffle=True, **common)
+        eval_loader = None
+        if evaluation:
+            eval_loader = data.Loader(evaluation, gradient_accumulation_steps=1, shuffle=False, **common)
+    _say(ranks, "\n".join(report.lines()))
+    return tokenizer, train_loader, eval_loader
+
+
+def _check_vocabulary(examples: list[data.Example], vocab_size: int) -> None:
+    """Raise DataError if a token has no row in the embedding; looking it up would fail late, or give zeros."""
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer makes token {largest} of this data, and the model has {vocab_size} tokens;"
+            " tokenizer files and config.json do not belong together: download the model again"
+        )
+
+
+def _load_model(
+    config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings, memory: MemorySettings
+) -> BuiltModel:
+    quant = _quant_settings(config, ranks)
+    started = time.monotonic()
+    shown = [0.0]
+
+    def progress(done: int, total: int) -> None:
+        if ranks.is_main and (done == total or time.monotonic() - shown[0] > 5):
+            shown[0] = time.monotonic()
+            print(f"loading weights: {done}/{total} layers, {time.monotonic() - started:.0f} s", flush=True)
+
+    built = build_model(
+        folder,
+        ranks,
+        quant,
+        lora,
+        compute_dtype(config.precision, ranks.device),
+        memory=memory,
+        seed=config.seed,
+        progress=progress,
+        compiled=config.compile == "auto" and ranks.device.type == "cuda",
+    )
+    if config.verify_weights:
+        verify_weights(built, ranks)
+    checked = f", gathered bytes verified (base {built.fingerprint})" if config.verify_weights else ""
+    _say(
+        ranks,
+        f"base: {built.quant.quant_type}, {built.report.bytes_read / 2**20:.0f} MiB read by this rank in"
+        f" {built.report.seconds:.1f} s{checked}",
+    )
+    return built
+
+
+def _quant_settings(config: TrainConfig, ranks: Ranks) -> QuantSettings:
+    return QuantSettings(config.quant_type, config.double_quant, config.quant_storage, ranks.num_shards)
+
+
+def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings) -> MemorySettings:
+    """Resolve the autos, equally on all ranks; ConfigError for a run that cannot fit."""
+    with agree_on_errors(ranks, "planning the memory"):
+        dtype = compute_dtype(config.precision, ranks.device)
+        shape = model_shape(folder, _quant_settings(config, ranks), lora, dtype)
+    budget, local_ranks = budget_of(ranks, config.gpu_memory, config.cpu_memory)
+    request = Request(
+        Run(
+            config.batch_size,
+            config.context_length,
+            local_ranks=local_ranks,
+            accumulates=config.gradient_accumulation_steps > 1,
+            has_dropout=config.lora_dropout > 0,
+        ),
+        config.cpu_offload,
+        config.activation_checkpointing,
+        config.activation_offload,
+        sharded=config.sharding == "full",
+    )
+    if ranks.device.type == "cpu":
+        memory = choose_on_cpu(shape, budget, request)
+        _say(ranks, f"memory: {in_words(shape, memory)}")
+        return memory
+    choice = choose(shape, budget, request)
+    wanted = choice.estimate
+    _say(
+        ranks,
+        f"memory: {in_words(shape, choice.memory)}; about {wanted.gpu_bytes / GIB:.1f} of {budget.gpu / GIB:.1f}"
+        f" GiB a GPU and {wanted.host_bytes / GIB:.1f} of {budget.host / GIB:.1f} GiB of host memory"
+        + ("" if choice.fits else ": expected to run out of memory"),
+    )
+    return choice.memory
+
+
+def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None:
+    stats = trainer.train_loader.stats()
+    sequences = config.batch_size * config.gradient_accumulation_steps * ranks.world_size
+    trainable = sum(parameter.numel() for parameter in trainer.root.parameters() if parameter.requires_grad)
+    _say(
+        ranks,
+        f"LoRA: {trainable:,} trainable parameters, {ranks.world_size} x {ranks.device.type},"
+        f" {config.precision}, sharding {config.sharding}\n"
+        f"step: {config.batch_size} sequences x {config.gradient_accumulation_steps} micro-batches x {ranks.world_size}"
+        f" ranks = {sequences} sequences of up to {config.context_length} tokens ="
+        f" {sequences * config.context_length:,} tokens\n"
+        f"run: {trainer.num_steps} steps over {stats.num_sequences} sequences an epoch"
+        f" ({100 * stats.efficiency:.0f} % filled)",
+    )
+
+
+def _rank_reports(ranks: Ranks, built: BuiltModel) -> list[dict[str, float]]:
+    """Return what each rank read and used."""
+    own = {
+        "bytes_read": built.report.bytes_read,
+        "load_seconds": round(built.report.seconds, 2),
+        "peak_gpu_gib": round(memory_gib(ranks.device), 2),
+    }
+    reports: list[dict[str, float]] = [{} for _ in range(ranks.world_size)]
+    dist.all_gather_object(reports, own)
+    return reports
+
+
+def _base_name(config: TrainConfig, folder: Path) -> str:
+    """Return what PEFT can load the base by: a hub id, or the absolute path of a folder."""
+    if Path(config.model).is_dir():
+        return str(folder.resolve())
+    alias = ALIASES.get(config.model)
+    return config.model if alias is None else (alias.repo or config.model)
+
+
+def _say_summary(config: TrainConfig, summary: dict[str, Any], output: Path) -> None:
+    evaluation = ""
+    if summary["eval_loss_before"] is not None:
+        evaluation = f", eval loss {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}"
+    print(
+        f"done: {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
+        f" ({summary['tokens_per_second']:.0f} tok/s), train loss {summary['train_loss']:.4f}{evaluation}\n"
+        f"adapter: {output / 'adapter'}\n"
+        f'try it: fsdp-qlora generate --adapter {output / "adapter"} --prompt "..."',
+        flush=True,
+    )
