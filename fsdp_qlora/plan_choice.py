@@ -15,6 +15,9 @@ from fsdp_qlora.memory import GIB, available_host_bytes
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, ModelShape, Run, estimate
 
+RESERVE = 0.02
+"""Share of a GPU that a choice leaves free, for estimates that are a little low."""
+
 CONTEXT_STEP = 64
 """Tokens to which a longest context is rounded down."""
 
@@ -27,7 +30,7 @@ class Budget:
     host: int
 
     def holds(self, wanted: Estimate) -> bool:
-        return wanted.gpu_bytes <= self.gpu and wanted.host_bytes <= self.host
+        return wanted.gpu_bytes <= (1 - RESERVE) * self.gpu and wanted.host_bytes <= self.host
 
 
 @dataclass(frozen=True)
