@@ -124,7 +124,7 @@ def test_damage_seen_by_one_rank_is_an_error_on_every_rank(source: Path, tmp_pat
             assert kind == ("WeightsError" if rank == seen_by else "TrainingError")
             assert f"'{name}' holds NaN or infinite values" in message
             assert "model.safetensors" in message
-            assert seconds < 10
+            assert seconds < 30
             if rank != seen_by:
                 assert message.startswith(f"rank {seen_by} failed while loading weights: ")
 
@@ -156,4 +156,4 @@ def test_a_failing_disk_of_one_rank_is_an_error_on_every_rank(source: Path) -> N
     assert "model.safetensors: tensor 'model.layers." in last_message
     assert "cannot be read (Input/output error)" in last_message
     assert first_message == f"rank 1 failed while loading weights: {last_message}"
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 45

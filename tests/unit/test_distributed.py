@@ -134,7 +134,7 @@ def test_ranks_that_cannot_be_reached_end_with_the_time_limit() -> None:
     (message,) = run_ranks(join_nobody, 1, free_port())
     assert message.startswith("rank 1 of 2 could not join the others within 2 s: ")
     assert "MASTER_ADDR:MASTER_PORT" in message
-    assert time.monotonic() - started < 25
+    assert time.monotonic() - started < 45
 
 
 def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
