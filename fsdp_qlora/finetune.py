@@ -208,10 +208,11 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
     stats = trainer.train_loader.stats()
     sequences = config.batch_size * config.gradient_accumulation_steps * ranks.world_size
     trainable = sum(parameter.numel() for parameter in trainer.root.parameters() if parameter.requires_grad)
+    dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
     _say(
         ranks,
         f"LoRA: {trainable:,} trainable parameters, {ranks.world_size} x {ranks.device.type},"
-        f" {config.precision}, sharding {config.sharding}\n"
+        f" {dtype}, sharding {config.sharding}\n"
         f"step: {config.batch_size} sequences x {config.gradient_accumulation_steps} micro-batches x {ranks.world_size}"
         f" ranks = {sequences} sequences of up to {config.context_length} tokens ="
         f" {sequences * config.context_length:,} tokens\n"

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import CONFIG_FILE, read_adapter
-from fsdp_qlora.build import build_model
+from fsdp_qlora.build import build_model, load_tokenizer
 from fsdp_qlora.config import GenerateConfig
 from fsdp_qlora.distributed import compute_dtype, process_group
 from fsdp_qlora.errors import ConfigError, ModelError
@@ -59,7 +59,7 @@ def answer(config: GenerateConfig) -> str:
             attention=generation_attention(base_folder),
         )
         tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder
-        tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder, local_files_only=True, trust_remote_code=False)
+        tokenizer = load_tokenizer(tokenizer_folder)
         torch.manual_seed(config.seed)
         return _generate(built.skeleton.model.eval(), tokenizer, config, base_folder)
 
