@@ -16,7 +16,7 @@ export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((($(nproc) + ranks - 1) / ranks))}
 
 torchrun --nproc_per_node "$ranks" train.py \
     --model smollm2-135m --dataset demo --output_dir runs/demo --overwrite \
-    --context_length 128 --batch_size 8 --gradient_accumulation_steps 1 --max_steps 30 \
+    --context_length 128 --batch_size 8 --gradient_accumulation_steps 1 --max_steps 20 \
     --lora_rank 16 --lora_alpha 32 --lr 1e-3 --activation_checkpointing none "$@"
 
 prompt="Solve the following multiplication: 7 * 8. Give only the result as your final answer."
