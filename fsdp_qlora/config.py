@@ -170,16 +170,6 @@ class TrainConfig:
     debug: bool = False
     """Show Python tracebacks of errors."""
 
-    @property
-    def lora_scaling(self) -> float:
-        """Factor of the LoRA branch."""
-        return self.lora_alpha / self.lora_rank
-
-
-def field_names() -> list[str]:
-    """Return the names of all training settings in the order of their definition."""
-    return [field.name for field in dataclasses.fields(TrainConfig)]
-
 
 def docs(cls: type = TrainConfig) -> dict[str, str]:
     """Return each setting's documentation; settings.describe() also gives section, type and default."""
