@@ -42,7 +42,7 @@ _HELP = ("--help", "-h")
 ENVIRONMENT = {
     # freed GPU memory of one size serves requests of another: fewer out-of-memory errors near the limit
     "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-    # torch.compile starts a process for every core otherwise, on every rank: 28 GiB of RAM on a machine with 32 cores
+    # torch.compile starts a process for every core otherwise, on every rank, and each takes RAM of its own
     "TORCHINDUCTOR_COMPILE_THREADS": "4",
 }
 """Defaults of variables that torch reads when it is imported; what the user has set stays."""
