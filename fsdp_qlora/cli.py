@@ -34,6 +34,7 @@ COMMANDS = (
     Command(
         "plan", "Say whether a run fits, before anything is downloaded.", "fsdp_qlora.plan_report", config.PlanConfig
     ),
+    Command("data", "Show what training would learn from a dataset.", "fsdp_qlora.data_report", config.DataConfig),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

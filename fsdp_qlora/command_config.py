@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+from fsdp_qlora.data_config import DataSettings
+
 
 @dataclass(frozen=True)
 class GenerateConfig:
@@ -36,6 +38,31 @@ class GenerateConfig:
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
+
+
+@dataclass(frozen=True)
+class DataConfig(DataSettings):
+    """Settings of a look at a dataset, as training would see it; no weights are read."""
+
+    # --- run ---
+    batch_size: int = 1
+    """As in training: sequences per GPU and micro-batch."""
+
+    gradient_accumulation_steps: int = 4
+    """As in training: micro-batches per optimizer step."""
+
+    gpus: int = 1
+    """Ranks of the run."""
+
+    # --- output ---
+    num_samples: int = 3
+    """Examples shown with what counts in the loss marked: the shortest, the longest, and others evenly between."""
+
+    save_html: str | None = None
+    """Save the report to this file as a page without external parts."""
 
     debug: bool = False
     """Show Python tracebacks of errors."""

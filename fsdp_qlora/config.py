@@ -12,48 +12,18 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
+from fsdp_qlora.command_config import DataConfig as DataConfig
 from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
 from fsdp_qlora.command_config import PlanConfig as PlanConfig
+from fsdp_qlora.data_config import DataSettings
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TrainConfig:
+class TrainConfig(DataSettings):
     """Settings of one fine-tuning run. The text under each field is its documentation everywhere."""
-
-    # --- model ---
-    model: str = "smollm2-135m"
-    """Alias (llama-70b, qwen3-32b, ...), hub id (owner/name) or local folder with safetensors weights."""
-
-    revision: str | None = None
-    """Branch, tag or commit of a hub model; default: the main branch."""
-
-    # --- data ---
-    dataset: str = "demo"
-    """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot)."""
-
-    dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
-    """Form of the rows; auto looks at the column names of the first row."""
-
-    eval_dataset: str | None = None
-    """Dataset to evaluate on, in the same forms as --dataset; default: rows held out from --dataset."""
-
-    eval_split: float = 0.05
-    """Share of --dataset held out for evaluation when --eval_dataset is not given (at most 1,000 rows); 0: none."""
-
-    train_on: Literal["responses", "all"] = "responses"
-    """Tokens that count in the loss: only the model's answers, or everything."""
-
-    bad_rows: Literal["stop", "skip"] = "stop"
-    """A malformed row stops the run with its line number, or is skipped, counted and listed."""
-
-    context_length: int = 2048
-    """Tokens per sequence. Longer examples are cut at the end; those left without a target token are dropped."""
-
-    packing: bool = True
-    """Fill sequences with several examples, which cannot see each other; false: one example a sequence, padded."""
 
     # --- LoRA ---
     lora_rank: int = 64
@@ -145,9 +115,6 @@ class TrainConfig:
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs. LoRA, gradients and the optimizer are always float32."""
 
-    seed: int = 42
-    """Seed of LoRA initialisation, shuffling and dropout."""
-
     # --- evaluation and output ---
     eval_steps: int = 0
     """Evaluate every N optimizer steps, besides before the first and after the last; 0: only those two."""
@@ -176,7 +143,7 @@ def docs(cls: type = TrainConfig) -> dict[str, str]:
     return {setting.name: setting.doc for setting in settings.describe(cls)}
 
 
-def to_dict(config: TrainConfig | GenerateConfig | PlanConfig) -> dict[str, Scalar]:
+def to_dict(config: DataSettings | GenerateConfig | PlanConfig) -> dict[str, Scalar]:
     """Return the settings as plain values, in the order of their definition."""
     return dataclasses.asdict(config)
 
@@ -252,6 +219,7 @@ RULES: dict[str, Rule] = {
         _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
     ),
     "max_new_tokens": _at_least(1),
+    "num_samples": _at_least(0),
     "temperature": _at_least(0),
 }
 """What a value must be; a name means the same in every command."""

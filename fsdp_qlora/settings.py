@@ -60,9 +60,26 @@ class Check:
 @functools.cache
 def describe(cls: type) -> tuple[Setting, ...]:
     """Return the settings of a dataclass in their order, with the docs and '# --- section ---' lines of its source."""
+    written: dict[str, tuple[str, str]] = {}
+    for part in reversed(cls.__mro__[:-1]):
+        written |= _read_source(part)
+    hints = get_type_hints(cls)
+    found = []
+    for field in dataclasses.fields(cls):
+        kind, choices, optional = _type_of(hints[field.name])
+        section, doc = written[field.name]
+        required = field.default is dataclasses.MISSING
+        default: Any = None if required else field.default
+        found.append(Setting(field.name, section, doc, kind, choices, optional, required, default))
+    return tuple(found)
+
+
+def _read_source(cls: type) -> dict[str, tuple[str, str]]:
+    """Return section and documentation of the fields that a class itself defines."""
     source = textwrap.dedent(inspect.getsource(cls))
     body = ast.parse(source).body[0].body  # type: ignore[attr-defined]
-    docs, lines = {}, {}
+    docs: dict[str, str] = {}
+    lines: dict[str, int] = {}
     for statement, following in zip(body, [*body[1:], None], strict=True):
         if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
             continue
@@ -74,15 +91,10 @@ def describe(cls: type) -> tuple[Setting, ...]:
         for number, line in enumerate(source.splitlines(), start=1)
         if (match := re.fullmatch(r"\s*# --- (.+) ---\s*", line))
     ]
-    hints = get_type_hints(cls)
-    found = []
-    for field in dataclasses.fields(cls):
-        kind, choices, optional = _type_of(hints[field.name])
-        section = next((title for line, title in reversed(headings) if line < lines[field.name]), "")
-        required = field.default is dataclasses.MISSING
-        default: Any = None if required else field.default
-        found.append(Setting(field.name, section, docs[field.name], kind, choices, optional, required, default))
-    return tuple(found)
+    sections = {
+        name: next((title for line, title in reversed(headings) if line < number), "") for name, number in lines.items()
+    }
+    return {name: (sections[name], docs[name]) for name in lines}
 
 
 def show(value: Scalar) -> str:

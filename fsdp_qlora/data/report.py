@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -28,6 +29,9 @@ class DataReport:
 
     skipped: list[str] = field(default_factory=list)
     """`file:line: reason` of the first of them."""
+
+    lengths: array[int] = field(default_factory=lambda: array("q"))
+    """Tokens of every example before it was cut at context_length; dropped ones included."""
 
     num_truncated: int = 0
     """Examples cut at context_length."""

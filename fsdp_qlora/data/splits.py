@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data.formats import Row, load_rows
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.templates import ChatRenderer, Document, Piece, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Encoder, Example
+from fsdp_qlora.data_config import DataSettings
 from fsdp_qlora.errors import DataError
 
 MAX_EVAL_ROWS = 1000
@@ -18,7 +20,7 @@ ENCODE_BATCH = 1000
 
 
 def load_splits(
-    config: TrainConfig, tokenizer: PreTrainedTokenizerBase
+    config: DataSettings, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[Example], list[Example], DataReport]:
     """Read, check and tokenise the datasets of a run.
 
@@ -33,12 +35,27 @@ def load_splits(
         DataError: a dataset or row that cannot be used, or no training example left.
     """
     report = DataReport(bad_rows=config.bad_rows)
+    train_rows, eval_rows = read_splits(config, report)
+    train, evaluation = tokenize_splits(train_rows, eval_rows, tokenizer, config, report)
+    return train, evaluation, report
+
+
+def read_splits(config: DataSettings, report: DataReport) -> tuple[list[Row], list[Row]]:
+    """Return the checked training and evaluation rows; DataError for a dataset or row that cannot be used."""
     rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed)
     if config.eval_dataset is not None:
-        train_rows = rows
-        eval_rows = load_rows(config.eval_dataset, config.dataset_format, report, seed=config.seed)
-    else:
-        train_rows, eval_rows = hold_out(rows, config.eval_split, config.seed)
+        return rows, load_rows(config.eval_dataset, config.dataset_format, report, seed=config.seed)
+    return hold_out(rows, config.eval_split, config.seed)
+
+
+def tokenize_splits(
+    train_rows: list[Row],
+    eval_rows: list[Row],
+    tokenizer: PreTrainedTokenizerBase,
+    config: DataSettings,
+    report: DataReport,
+) -> tuple[list[Example], list[Example]]:
+    """Return the examples of both splits and count them; DataError if none is left to train on."""
     train = tokenize_rows(train_rows, tokenizer, config, report)
     evaluation = tokenize_rows(eval_rows, tokenizer, config, report)
     if not train:
@@ -50,7 +67,7 @@ def load_splits(
     report.num_eval_examples = len(evaluation)
     report.num_tokens = sum(len(example.input_ids) for example in train)
     report.num_targets = sum(num_targets(example) for example in train)
-    return train, evaluation, report
+    return train, evaluation
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -67,7 +84,7 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
 
 
 def tokenize_rows(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: TrainConfig, report: DataReport
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: DataSettings, report: DataReport
 ) -> list[Example]:
     """Tokenise rows and cut them to context_length; examples without a target are dropped and counted.
 
@@ -76,9 +93,7 @@ def tokenize_rows(
     """
     if not rows:
         return []
-    renderer = None
-    if any(row.kind == "chat" for row in rows) or (tokenizer.chat_template and rows[0].kind == "completion"):
-        renderer = ChatRenderer(tokenizer)
+    renderer = ChatRenderer(tokenizer) if needs_template(rows, tokenizer) else None
     control_tokens = renderer.control_tokens if renderer else special_tokens(tokenizer)
     encoder = Encoder(tokenizer, control_tokens, all_targets=config.train_on == "all")
     examples: list[Example] = []
@@ -94,12 +109,19 @@ def tokenize_rows(
         for where, example in zip(places, encoder.encode(documents), strict=True):
             if isinstance(example, DataError):
                 report.reject(where, str(example))
-            elif num_targets(cut := truncate(example, config.context_length)):
+                continue
+            report.lengths.append(len(example.input_ids))
+            if num_targets(cut := truncate(example, config.context_length)):
                 report.num_truncated += cut is not example
                 examples.append(cut)
             else:
                 report.drop(where)
     return examples
+
+
+def needs_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> bool:
+    """Return whether rows are rendered by the chat template: conversations always, completions where there is one."""
+    return any(row.kind == "chat" or (row.kind == "completion" and tokenizer.chat_template) for row in rows)
 
 
 def to_document(row: Row, renderer: ChatRenderer | None) -> Document:

@@ -78,7 +78,8 @@ class ChatRenderer:
     """Renders conversations by a tokenizer's chat template; remembers the shapes it has seen.
 
     `control_tokens` are the tokens that only the template may write: the tokenizer's special tokens and other added
-    tokens found in the template's own text.
+    tokens found in the template's own text. `merges_system` tells whether the template takes no system message, so that
+    it is put into the first user message.
 
     Raises:
         DataError: the tokenizer has no chat template, or one that cannot render a question and an answer.
@@ -100,7 +101,7 @@ class ChatRenderer:
         own_text = " ".join(part for part, _ in self._skeleton(question).parts if isinstance(part, str))
         added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}
         self.control_tokens |= {token for token in added if token in own_text}
-        self._merges_system = not self._accepts((("system", HOLE), *question))
+        self.merges_system = not self._accepts((("system", HOLE), *question))
         self._skeletons.clear()  # control tokens decide where a turn ends
 
     def render(self, messages: Sequence[Message]) -> Document:
@@ -113,7 +114,7 @@ class ChatRenderer:
         Raises:
             DataError: the template refuses the conversation, leaves a message out, or changes a content.
         """
-        if self._merges_system and messages[0]["role"] == "system":
+        if self.merges_system and messages[0]["role"] == "system":
             messages = merge_system(messages)
         shape, contents = split_contents(messages)
         skeleton = self._skeleton(shape)

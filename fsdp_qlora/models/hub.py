@@ -49,8 +49,11 @@ def resolve(model: str, revision: str | None = None) -> Path:
     return snapshot
 
 
-def resolve_config(model: str, revision: str | None = None) -> Path:
-    """Return a local folder with the config.json of a --model value; of a hub model nothing else is fetched.
+def resolve_config(model: str, revision: str | None = None, *, tokenizer: bool = False) -> Path:
+    """Return a local folder with the config.json of a --model value; of a hub model no weights are fetched.
+
+    Args:
+        tokenizer: fetch the files of the tokenizer too.
 
     Raises:
         ModelError: as `resolve`; weights are not asked for.
@@ -58,7 +61,7 @@ def resolve_config(model: str, revision: str | None = None) -> Path:
     folder = _local_folder(model, revision)
     if folder is not None:
         return folder
-    snapshot = _download(_repo(model), revision, ("config.json",))
+    snapshot = _download(_repo(model), revision, _TEXT_FILES if tokenizer else ("config.json",))
     check_config(snapshot, name=model)
     return snapshot
 

@@ -99,7 +99,7 @@ def test_config_file_beside_flags(install: Callable[..., list[object]], tmp_path
     ("argv", "message"),
     [
         (("trian",), "error: trian: unknown command; did you mean train?"),
-        (("xyz",), "error: xyz: unknown command; commands are train, plan, generate"),
+        (("xyz",), "error: xyz: unknown command; commands are train, plan, "),
         (("--lr", "1"), "error: --lr: unknown command"),
         (("train", "--lora_rnak", "8"), "error: --lora_rnak: unknown setting; did you mean --lora_rank?"),
         (("train", "--lora_rnak"), "error: --lora_rnak: unknown setting; did you mean --lora_rank?"),

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora import config
+from fsdp_qlora.cli import COMMANDS
 from fsdp_qlora.config import GenerateConfig, PlanConfig, TrainConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.settings import describe
@@ -243,7 +244,7 @@ def test_every_setting_is_documented_in_a_section(cls: type) -> None:
 
 
 def test_rules_name_existing_settings() -> None:
-    known = {field.name for cls in (TrainConfig, PlanConfig, GenerateConfig) for field in dataclasses.fields(cls)}
+    known = {setting.name for command in COMMANDS for setting in describe(command.settings)}
     assert set(config.RULES) <= known
     for cls, checks in config.CHECKS.items():
         for check in checks:

@@ -1,0 +1,180 @@
+"""What a run would learn from a dataset: counts, lengths, samples and warnings, from the tokenizer alone."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.command_config import DataConfig
+from fsdp_qlora.data.formats import Row
+from fsdp_qlora.data.loader import Loader, LoaderStats
+from fsdp_qlora.data.report import DataReport
+from fsdp_qlora.data.splits import needs_template, read_splits, tokenize_splits
+from fsdp_qlora.data.templates import ChatRenderer, special_tokens
+from fsdp_qlora.data.tokenize import IGNORE, Example
+
+MAX_BINS = 12
+
+
+@dataclass(frozen=True)
+class Bin:
+    """One bar of a histogram: `count` values from `low` to `high`, both included."""
+
+    low: int
+    high: int
+    count: int
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A training example as text: runs of tokens, each with whether they count in the loss."""
+
+    num_tokens: int
+    num_targets: int
+    runs: tuple[tuple[str, bool], ...]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """All that the command `data` shows."""
+
+    report: DataReport
+    stats: LoaderStats
+    bins: tuple[Bin, ...]
+    percentiles: dict[str, int]
+    """Tokens of an example before cutting, by name of the percentile."""
+
+    samples: tuple[Sample, ...]
+    warnings: tuple[str, ...]
+
+
+def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
+    """Read, check and tokenise a dataset as training would.
+
+    Raises:
+        DataError: as in training.
+    """
+    report = DataReport(bad_rows=config.bad_rows)
+    train_rows, eval_rows = read_splits(config, report)
+    train, evaluation = tokenize_splits(train_rows, eval_rows, tokenizer, config, report)
+    loader = Loader(
+        train,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=config.gradient_accumulation_steps,
+        context_length=config.context_length,
+        packing=config.packing,
+        rank=0,
+        world_size=config.gpus,
+        seed=config.seed,
+        shuffle=True,
+        pad_token_id=0,
+    )
+    lengths = np.array(report.lengths)
+    names = {"shortest": 0, "median": 50, "95 %": 95, "longest": 100}
+    warnings = [*_row_warnings([*train_rows, *eval_rows], tokenizer), *_example_warnings(train, evaluation, report)]
+    return Survey(
+        report,
+        loader.stats(),
+        tuple(histogram(report.lengths)),
+        {name: int(np.percentile(lengths, share)) for name, share in names.items()},
+        tuple(render(tokenizer, example) for example in choose_samples(train, config.num_samples)),
+        tuple(warnings),
+    )
+
+
+def histogram(values: Sequence[int]) -> list[Bin]:
+    """Count values of at least 1 in at most MAX_BINS bins of equal, round width, over which 99 % of them spread.
+
+    The last bin takes all that are larger.
+    """
+    data = np.asarray(values)
+    top = float(np.percentile(data, 99))
+    widths = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
+    width = next(width for width in widths if width * MAX_BINS >= top)
+    num_bins = -(-int(np.ceil(top)) // width)
+    places = np.minimum((data - 1) // width, num_bins - 1)
+    counts = np.bincount(places, minlength=num_bins).tolist()
+    bins = [Bin(i * width + 1, (i + 1) * width, count) for i, count in enumerate(counts)]
+    return [*bins[:-1], Bin(bins[-1].low, max(bins[-1].high, int(data.max())), bins[-1].count)]
+
+
+def choose_samples(examples: Sequence[Example], num_samples: int) -> list[Example]:
+    """Return examples evenly spread over the lengths, from the shortest to the longest."""
+    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    places = np.linspace(0, len(order) - 1, min(num_samples, len(order))).round().astype(int)
+    return [examples[order[place]] for place in places]
+
+
+def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
+    """Return an example's text in runs.
+
+    A run is what the decoded text grows by, as tokens decoded alone may lose white space. The first token is never a
+    target, since nothing predicts it.
+    """
+    flags = [False, *(label != IGNORE for label in example.labels[1:])]
+    ends = [i for i in range(1, len(flags)) if flags[i] != flags[i - 1]]
+    runs: list[tuple[str, bool]] = []
+    shown = 0
+    for end in [*ends, len(flags)]:
+        text = tokenizer.decode(example.input_ids[:end], clean_up_tokenization_spaces=False)
+        runs.append((text[shown:], flags[end - 1]))
+        shown = len(text)
+    return Sample(len(flags), sum(flags), tuple(runs))
+
+
+def _row_warnings(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return warnings about texts and roles."""
+    warnings = []
+    control_tokens = special_tokens(tokenizer)
+    if needs_template(rows, tokenizer):
+        renderer = ChatRenderer(tokenizer)
+        control_tokens = renderer.control_tokens
+        num_system = sum(row.messages[0]["role"] == "system" for row in rows if row.messages)
+        if renderer.merges_system and num_system:
+            warnings.append(
+                f"{num_system:,} rows have a system message, for which the chat template has no place: it is put before"
+                " the text of the first user message"
+            )
+    found: Counter[str] = Counter()
+    first = ""
+    for row in rows:
+        text = row.text + "\n".join(message["content"] for message in row.messages)
+        inside = [token for token in control_tokens if token in text]
+        found.update(inside)
+        first = first or (row.where if inside else "")
+    if found:
+        counts = ", ".join(f"{token} in {count:,}" for token, count in found.most_common(5))
+        meaning = "where the rows are plain text they act as such, elsewhere they are learned as ordinary characters"
+        warnings.append(f"special tokens are written out inside texts ({counts} rows, the first {first}): {meaning}")
+    return warnings
+
+
+def _example_warnings(train: Sequence[Example], evaluation: Sequence[Example], report: DataReport) -> list[str]:
+    """Return warnings about what was lost, and what is there twice."""
+    warnings = []
+    if report.num_dropped:
+        warnings.append(
+            f"{report.num_dropped:,} examples are dropped, having no token to learn within --context_length"
+            f" ({', '.join(report.dropped)}): raise it, or shorten their questions"
+        )
+    if report.num_truncated:
+        warnings.append(
+            f"{report.num_truncated:,} examples are cut at --context_length: the model never sees how they end"
+        )
+    if report.num_skipped:
+        warnings.append(f"{report.num_skipped:,} malformed rows are skipped, the first {report.skipped[0]}")
+    keys = Counter(_key(example) for example in train)
+    if repeated := len(train) - len(keys):
+        warnings.append(f"{repeated:,} training examples repeat another one word for word: they count several times")
+    if leaked := sum(_key(example) in keys for example in evaluation):
+        warnings.append(f"{leaked:,} evaluation examples are also trained on: the evaluation loss will look too good")
+    return warnings
+
+
+def _key(example: Example) -> bytes:
+    return array("q", example.input_ids).tobytes()

@@ -1,0 +1,46 @@
+"""Settings of model and data that several commands share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+
+@dataclass(frozen=True)
+class DataSettings:
+    """What decides the tokens that a model learns from."""
+
+    # --- model ---
+    model: str = "smollm2-135m"
+    """Alias (llama-70b, qwen3-32b, ...), hub id (owner/name) or local folder with safetensors weights."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the main branch."""
+
+    # --- data ---
+    dataset: str = "demo"
+    """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot)."""
+
+    dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
+    """Form of the rows; auto looks at the column names of the first row."""
+
+    eval_dataset: str | None = None
+    """Dataset to evaluate on, in the same forms as --dataset; default: rows held out from --dataset."""
+
+    eval_split: float = 0.05
+    """Share of --dataset held out for evaluation when --eval_dataset is not given (at most 1,000 rows); 0: none."""
+
+    train_on: Literal["responses", "all"] = "responses"
+    """Tokens that count in the loss: only the model's answers, or everything."""
+
+    bad_rows: Literal["stop", "skip"] = "stop"
+    """A malformed row stops the run with its line number, or is skipped, counted and listed."""
+
+    context_length: int = 2048
+    """Tokens per sequence. Longer examples are cut at the end; those left without a target token are dropped."""
+
+    packing: bool = True
+    """Fill sequences with several examples, which cannot see each other; false: one example a sequence, padded."""
+
+    seed: int = 42
+    """Seed of shuffling, of LoRA initialisation and of dropout."""
