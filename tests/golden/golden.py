@@ -27,9 +27,8 @@ NUM_STEPS, CONTEXT_LENGTH = 8, 64
 RUNS: dict[str, dict[str, Any]] = {
     "llama": {},
     "llama_unpacked_linear_decay": {"packing": False, "lr_scheduler": "linear", "weight_decay": 0.1},
-    "gemma2_fp4_two_targets": {
+    "gemma2_two_targets": {
         "family": "gemma2",
-        "quant_type": "fp4",
         "double_quant": False,
         "lora_target_modules": "q_proj,down_proj",
     },
