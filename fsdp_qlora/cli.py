@@ -35,6 +35,12 @@ COMMANDS = (
         "plan", "Say whether a run fits, before anything is downloaded.", "fsdp_qlora.plan_report", config.PlanConfig
     ),
     Command("data", "Show what training would learn from a dataset.", "fsdp_qlora.data_report", config.DataConfig),
+    Command(
+        "doctor",
+        "Say what would be slow or fail on this machine, and what to do.",
+        "fsdp_qlora.doctor.report",
+        config.DoctorConfig,
+    ),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

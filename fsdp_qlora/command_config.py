@@ -69,6 +69,25 @@ class DataConfig(DataSettings):
 
 
 @dataclass(frozen=True)
+class DoctorConfig:
+    """Settings of an examination of this machine."""
+
+    # --- what to look at ---
+    model: str | None = None
+    """Also check that this model (alias, hub id or local folder) can be reached, and that its download has room."""
+
+    disk_path: str | None = None
+    """Folder whose disk is measured; default: where models of the hub are kept (HF_HOME)."""
+
+    # --- output ---
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
+
+
+@dataclass(frozen=True)
 class PlanConfig:
     """Settings of a planned run: what `plan` asks before anything is downloaded but the model's config.json."""
 

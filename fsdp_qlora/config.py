@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
 from fsdp_qlora.command_config import DataConfig as DataConfig
+from fsdp_qlora.command_config import DoctorConfig as DoctorConfig
 from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
 from fsdp_qlora.command_config import PlanConfig as PlanConfig
 from fsdp_qlora.data_config import DataSettings

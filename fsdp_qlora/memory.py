@@ -6,6 +6,7 @@ torch's own pinned allocator rounds every allocation up to a power of two, which
 from __future__ import annotations
 
 import os
+from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
@@ -58,7 +59,7 @@ class HostArena:
 
 
 def available_host_bytes() -> int:
-    """Return the bytes of RAM that processes can still take, as the kernel estimates it and the cgroup allows."""
+    """Return the bytes of RAM that processes can still take, as the kernel estimates it and the cgroups allow."""
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     try:
         with open("/proc/meminfo") as file:
@@ -66,9 +67,43 @@ def available_host_bytes() -> int:
         free = int(fields["MemAvailable"].split()[0]) * 1024
     except (OSError, KeyError, ValueError):
         pass  # not Linux: the number of free pages has to do
+    return max(0, min([free, *(limit - used for limit, used in cgroup_limits())]))
+
+
+def cgroup_limits(root: Path = Path("/")) -> list[tuple[int, int]]:
+    """Return (limit, bytes used) of every cgroup above this process that limits memory.
+
+    A batch system limits a job, not the machine, and its limit is in a cgroup of the job's own. Files in the page cache
+    count as used there, but those not looked at lately are given back before anything is refused, so they are left out.
+
+    Args:
+        root: where /proc and /sys are.
+    """
     try:
-        with open("/sys/fs/cgroup/memory.max") as limit, open("/sys/fs/cgroup/memory.current") as current:
-            free = min(free, int(limit.read()) - int(current.read()))
+        lines = (root / "proc/self/cgroup").read_text().splitlines()
+    except OSError:
+        return []  # not Linux
+    found = []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:  # cgroup v2
+            top, names = root / "sys/fs/cgroup", ("memory.max", "memory.current", "inactive_file")
+        elif "memory" in controllers.split(","):
+            top = root / "sys/fs/cgroup/memory"
+            names = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
+        else:
+            continue
+        inside = PurePosixPath(path.lstrip("/"))
+        found += [limit for folder in (inside, *inside.parents) if (limit := _cgroup_limit(top / folder, *names))]
+    return found
+
+
+def _cgroup_limit(folder: Path, limit: str, used: str, cache: str) -> tuple[int, int] | None:
+    try:
+        limit_bytes, used_bytes = (int((folder / name).read_text()) for name in (limit, used))
+        fields = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
     except (OSError, ValueError):
-        pass  # no cgroup, or 'max'
-    return free
+        return None  # no limit here ('max'), or the folder is outside what a container sees
+    if limit_bytes >= 2**60:
+        return None  # how cgroup v1 says 'no limit'
+    return limit_bytes, used_bytes - int(fields.get(cache, 0))
