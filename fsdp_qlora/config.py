@@ -129,11 +129,19 @@ class TrainConfig(DataSettings):
     overwrite: bool = False
     """Replace the results of an earlier run in --output_dir."""
 
-    log_to: Literal["none", "wandb"] = "none"
-    """Tracker besides metrics.jsonl; a tracker that fails never stops the run."""
+    log_to: str = "none"
+    """Trackers besides metrics.jsonl: none, or wandb and tensorboard separated by commas. One that fails never stops the
+    run."""
 
     run_name: str | None = None
     """Name of the run in the tracker; default: the last part of --output_dir."""
+
+    profile: bool = False
+    """Write a trace of the 4th to 6th step of every rank, profile-rank-N.json.gz in --output_dir, for trace viewers."""
+
+    memory_snapshot: bool = False
+    """Write the GPU memory's history over the first 6 steps, or up to an error, memory-rank-N.pickle in --output_dir, for
+    PyTorch's viewer."""
 
     debug: bool = False
     """Show Python tracebacks of errors."""
@@ -182,6 +190,14 @@ def _is_safe_path(path: str) -> bool:
     return path.isprintable() and all(len(os.fsencode(part)) <= 255 for part in PurePath(path).parts)
 
 
+TRACKERS = ("wandb", "tensorboard")
+"""What --log_to may name; metrics.py has the class of each."""
+
+
+def _is_trackers(text: str) -> bool:
+    return text == "none" or all(name.strip() in TRACKERS for name in text.split(","))
+
+
 _SHARE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
@@ -219,6 +235,7 @@ RULES: dict[str, Rule] = {
     "output_dir": Rule(
         _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
     ),
+    "log_to": Rule(_is_trackers, f"none, or some of {', '.join(TRACKERS)} separated by commas"),
     "max_new_tokens": _at_least(1),
     "num_samples": _at_least(0),
     "temperature": _at_least(0),

@@ -25,6 +25,7 @@ from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan_choice import Request, budget_of, choose, choose_on_cpu, in_words
 from fsdp_qlora.planner import Run, model_shape
+from fsdp_qlora.profiling import check_profiling, profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, prepare_output_dir, write_record
 from fsdp_qlora.trainer import Trainer
@@ -34,6 +35,7 @@ def run(config: TrainConfig) -> None:
     """Fine-tune as `config` says; the command line's `train`."""
     with process_group(config.sharding, config.timeout_s) as ranks:
         with agree_on_errors(ranks, "preparing the output folder"):
+            check_profiling(config, ranks.device)
             if ranks.is_main:
                 prepare_output_dir(config)
         _train(config, ranks)
@@ -59,7 +61,10 @@ def _train(config: TrainConfig, ranks: Ranks) -> None:
     output = Path(config.output_dir)
     if ranks.is_main:
         write_record(output, record)
-    with Metrics(config, record, trainer.num_steps, ranks.is_main) as metrics:
+    with (
+        Metrics(config, record, trainer.num_steps, ranks.is_main) as metrics,
+        profiling(config, ranks, trainer.optimizer),
+    ):
         summary = trainer.fit(metrics)
     summary["ranks"] = _rank_reports(ranks, built)
     save_adapter(built.root, lora, _base_name(config, folder), output / "adapter", ranks)

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics.jsonl always, a progress line, wandb if asked for. None of it can stop the run."""
+"""What a run says of itself: metrics.jsonl always, its progress, trackers if asked for. None of it can stop the run."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol, TextIO
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fsdp_qlora.config import TrainConfig
 
@@ -68,7 +70,29 @@ class WandbLogger:
         self._run.finish()
 
 
-LOGGERS = {"wandb": WandbLogger}
+class TensorboardLogger:
+    """Event files for TensorBoard in the run's folder."""
+
+    def __init__(self, config: TrainConfig, settings: dict[str, Any]) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._writer = SummaryWriter(str(Path(config.output_dir) / "tensorboard"))
+        self._writer.add_text("settings", f"```\n{json.dumps(settings, indent=2)}\n```")
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Write a record."""
+        for name, value in record.items():
+            self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what is left."""
+        self._writer.close()
+
+
+LOGGERS: dict[str, Callable[[TrainConfig, dict[str, Any]], Logger]] = {
+    "wandb": WandbLogger,
+    "tensorboard": TensorboardLogger,
+}
 """Trackers by the name --log_to gives them."""
 
 
@@ -89,16 +113,23 @@ class Metrics:
         if not enabled:
             return
         self._sinks.append(JsonlLogger(Path(config.output_dir) / "metrics.jsonl"))
-        if config.log_to in LOGGERS:
+        for name in config.log_to.split(",") if config.log_to != "none" else []:
             try:
-                self._sinks.append(LOGGERS[config.log_to](config, settings))
+                self._sinks.append(LOGGERS[name.strip()](config, settings))
             except Exception as error:  # a tracker may fail in any way of its own; the run goes on
-                self._warn(config.log_to, error)
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total}"))
+                self._warn(name.strip(), error)
         if sys.stderr.isatty():
-            self._progress = Progress(*columns, TimeRemainingColumn(), transient=True)
+            self._progress = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=None),
+                TextColumn("{task.description}"),
+                TimeRemainingColumn(compact=True, elapsed_when_finished=True),
+                console=Console(stderr=True),
+                expand=True,
+            )
             self._progress.start()
-            self._task = self._progress.add_task("training", total=num_steps)
+            self._task = self._progress.add_task("", total=num_steps)
 
     def __enter__(self) -> Metrics:
         return self
@@ -116,12 +147,24 @@ class Metrics:
         for sink in list(self._sinks):
             self._safely(sink, lambda sink=sink: sink.log(record, step))
 
-    def show(self, line: str, step: int) -> None:
-        """Show a step's line: beside the bar on a terminal, as plain text elsewhere."""
+    def show(self, line: str) -> None:
+        """Print a line, above the bar on a terminal."""
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=line)
+            self._progress.console.print(line, highlight=False, markup=False)
         elif self.enabled:
             print(line, flush=True)
+
+    def progress(self, record: dict[str, Any], step: int, num_steps: int, seconds_left: float) -> None:
+        """Show where the run is: a bar on a terminal, a line elsewhere."""
+        memory = f"  {record['peak_gpu_gib']:.1f} GiB" if record["peak_gpu_gib"] else ""
+        rate = f"{record['tokens_per_second']:,.0f} tok/s{memory}"
+        if self._progress is not None:
+            self._progress.update(self._task, completed=step, description=f"loss {record['loss']:.4f}  {rate}")
+            return
+        self.show(
+            f"step {step}/{num_steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}"
+            f"  lr {record['lr']:.2e}  {rate}  {seconds_left / 60:.1f} min left"
+        )
 
     def _safely(self, sink: Logger, action: Any) -> None:
         try:

@@ -132,9 +132,7 @@ class Trainer:
         values = self.evaluate()
         if values:
             metrics.log(values, step)
-            metrics.show(
-                f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f}", step
-            )
+            metrics.show(f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f}")
         return values
 
     def _log_step(
@@ -144,7 +142,6 @@ class Trainer:
             return
         rate = result.num_tokens / seconds
         lr = learning_rate(self.config, step, self.num_steps)
-        memory = memory_gib(self.ranks.device)
         record = {
             "loss": result.loss,
             "grad_norm": result.grad_norm,
@@ -153,16 +150,11 @@ class Trainer:
             "tokens_per_second": round(rate, 1),
             "target_tokens": result.num_targets,
             "step_seconds": round(seconds, 3),
-            "peak_gpu_gib": round(memory, 2),
+            "peak_gpu_gib": round(memory_gib(self.ranks.device), 2),
         }
         metrics.log(record, step + 1)
         remaining = (time.monotonic() - started) / (step + 1) * (self.num_steps - step - 1)
-        gpu = f"  {memory:.1f} GiB" if memory else ""
-        metrics.show(
-            f"step {step + 1}/{self.num_steps}  loss {result.loss:.4f}  grad norm {result.grad_norm:.2f}"
-            f"  lr {lr:.2e}  {rate:.0f} tok/s{gpu}  {remaining / 60:.1f} min left",
-            step + 1,
-        )
+        metrics.progress(record, step + 1, self.num_steps, remaining)
 
 
 def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:

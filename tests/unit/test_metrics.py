@@ -1,4 +1,4 @@
-"""metrics.jsonl is always written; a tracker that fails warns once and never stops a run."""
+"""metrics.jsonl is always written, progress shown; a tracker that fails warns once and never stops a run."""
 
 from __future__ import annotations
 
@@ -13,10 +13,13 @@ from typing import Any
 import pytest
 import torch
 
-from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.metrics import Metrics, memory_gib
+from fsdp_qlora.config import TRACKERS, TrainConfig
+from fsdp_qlora.metrics import LOGGERS, Metrics, memory_gib
 
 SECRET = "0123456789abcdef0123456789abcdef01234567"
+
+
+STEP = {"loss": 1.5, "grad_norm": 0.25, "lr": 2e-4, "tokens_per_second": 1234.0, "peak_gpu_gib": 0.0}
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -37,15 +40,38 @@ def test_every_record_is_on_disk_at_once(tmp_path: Path) -> None:
 def test_other_ranks_write_and_print_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Metrics(TrainConfig(output_dir=str(tmp_path), log_to="wandb"), {}, 2, enabled=False) as metrics:
         metrics.log({"loss": 1.5}, 1)
-        metrics.show("step 1", 1)
+        metrics.show("step 1")
+        metrics.progress(STEP, 1, 2, 60.0)
     assert list(tmp_path.iterdir()) == []
     assert capsys.readouterr().out == ""
 
 
 def test_lines_are_plain_text_without_a_terminal(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
-        metrics.show("step 1/2  loss 1.5", 1)
-    assert capsys.readouterr().out == "step 1/2  loss 1.5\n"
+        metrics.show("hello")
+        metrics.progress(STEP, 1, 2, 90.0)
+        metrics.progress({**STEP, "peak_gpu_gib": 7.25}, 2, 2, 0.0)
+    assert capsys.readouterr().out.splitlines() == [
+        "hello",
+        "step 1/2  loss 1.5000  grad norm 0.25  lr 2.00e-04  1,234 tok/s  1.5 min left",
+        "step 2/2  loss 1.5000  grad norm 0.25  lr 2.00e-04  1,234 tok/s  7.2 GiB  0.0 min left",
+    ]
+
+
+def test_a_bar_on_a_terminal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "110")
+    with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
+        metrics.show("an event [1]")
+        metrics.progress({**STEP, "peak_gpu_gib": 7.25}, 1, 2, 90.0)
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert "an event [1]" in shown.err
+    assert "loss 1.5000  1,234 tok/s  7.2 GiB" in shown.err
+    assert "1/2" in shown.err
 
 
 def wait_for(path: Path, expected: tuple[bytes, ...]) -> bytes:
@@ -137,10 +163,33 @@ def log_three_steps(config: TrainConfig) -> None:
             metrics.log({"loss": 1.0}, step)
 
 
-def test_a_missing_package_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "wandb", None)
-    config = TrainConfig(output_dir=str(tmp_path), log_to="wandb")
-    with pytest.warns(UserWarning, match="wandb failed and is switched off .*ModuleNotFoundError"):
+def test_tensorboard(tmp_path: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="tensorboard"))
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_several_trackers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run, _ = install_wandb(monkeypatch, "log")
+    with pytest.warns(UserWarning, match="WandbLogger failed and is switched off"):
+        log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="wandb, tensorboard"))
+    assert run.logged == 1
+    assert list((tmp_path / "tensorboard").glob("events.*")), "the others go on"
+    assert len(records(tmp_path)) == 3
+
+
+def test_every_tracker_has_its_class() -> None:
+    assert tuple(LOGGERS) == TRACKERS
+
+
+@pytest.mark.parametrize(("name", "package"), [("wandb", "wandb"), ("tensorboard", "tensorboard")])
+def test_a_missing_package_warns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, package: str) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    monkeypatch.delitem(sys.modules, "torch.utils.tensorboard", raising=False)
+    config = TrainConfig(output_dir=str(tmp_path), log_to=name)
+    with pytest.warns(UserWarning, match=f"{name} failed and is switched off .*Error"):
         metrics = Metrics(config, {}, 1, enabled=True)
     with metrics:
         metrics.log({"loss": 1.0}, 1)
