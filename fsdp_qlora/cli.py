@@ -41,6 +41,12 @@ COMMANDS = (
         "fsdp_qlora.doctor.report",
         config.DoctorConfig,
     ),
+    Command(
+        "quantize",
+        "Make a 4-bit checkpoint of a model, matrix by matrix.",
+        "fsdp_qlora.quantize",
+        config.QuantizeConfig,
+    ),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

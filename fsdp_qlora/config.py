@@ -12,6 +12,8 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
+from fsdp_qlora.checkpoint_config import QuantizeConfig as QuantizeConfig
+from fsdp_qlora.checkpoint_config import is_size
 from fsdp_qlora.command_config import DataConfig as DataConfig
 from fsdp_qlora.command_config import DoctorConfig as DoctorConfig
 from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
@@ -236,6 +238,7 @@ RULES: dict[str, Rule] = {
         _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
     ),
     "log_to": Rule(_is_trackers, f"none, or some of {', '.join(TRACKERS)} separated by commas"),
+    "max_shard_size": Rule(is_size, "a number with KB, MB or GB, such as 5GB"),
     "max_new_tokens": _at_least(1),
     "num_samples": _at_least(0),
     "temperature": _at_least(0),

@@ -14,7 +14,7 @@ from fsdp_qlora.models import smollm2
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.settings import suggest
 
-_TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
+TEXT_FILES = ("*.json", "*.jinja", "*.model", "*.tiktoken", "merges.txt", "vocab.txt")
 _WEIGHT_FILES = ("*.safetensors",)
 # Sub-folders (original/, metal/, onnx/) and consolidated files repeat the weights in other forms.
 _DUPLICATES = ("*/*", "consolidated*")
@@ -42,9 +42,9 @@ def resolve(model: str, revision: str | None = None) -> Path:
         return folder
     repo = _repo(model)
     # The small files come first, so that a model that will be refused costs no download of its weights.
-    snapshot = _download(repo, revision, _TEXT_FILES)
+    snapshot = _download(repo, revision, TEXT_FILES)
     check_config(snapshot, name=repo)
-    snapshot = _download(repo, snapshot.name, _TEXT_FILES + _WEIGHT_FILES)
+    snapshot = _download(repo, snapshot.name, TEXT_FILES + _WEIGHT_FILES)
     check_weights(snapshot, name=repo)
     return snapshot
 
@@ -61,7 +61,7 @@ def resolve_config(model: str, revision: str | None = None, *, tokenizer: bool =
     folder = _local_folder(model, revision)
     if folder is not None:
         return folder
-    snapshot = _download(_repo(model), revision, _TEXT_FILES if tokenizer else ("config.json",))
+    snapshot = _download(_repo(model), revision, TEXT_FILES if tokenizer else ("config.json",))
     check_config(snapshot, name=model)
     return snapshot
 

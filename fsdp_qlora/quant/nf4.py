@@ -47,6 +47,17 @@ def quantize_blocks(weights: Tensor, quant_type: str) -> tuple[Tensor, Tensor]:
     return codes.view(-1), state.absmax
 
 
+def nest(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise all scales of a matrix, fp32 [num_blocks].
+
+    Returns:
+        Codes, uint8 [num_blocks]; nested scales, fp32 [ceil(num_blocks / 256)]; the mean that was subtracted, fp32 [].
+    """
+    offset = absmax.mean()
+    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    return codes, state.absmax, offset
+
+
 def pack_statistics(absmax: Tensor, layout: Layout) -> Tensor:
     """Return the bytes of the statistics sections.
 
@@ -62,11 +73,10 @@ def pack_statistics(absmax: Tensor, layout: Layout) -> Tensor:
     if not layout.double_quant:
         tail[: layout.absmax.size] = absmax.view(torch.uint8)
         return tail
-    offset = absmax.mean()
-    codes, state = bnb.quantize_blockwise(absmax - offset, blocksize=NESTED_BLOCKSIZE)
+    codes, nested_absmax, offset = nest(absmax)
     for section, values in (
         (layout.absmax, codes),
-        (layout.nested_absmax, state.absmax),
+        (layout.nested_absmax, nested_absmax),
         (layout.offset, offset.reshape(1)),
     ):
         tail[section.start - base : section.stop - base] = values.view(torch.uint8)

@@ -172,27 +172,11 @@ class Loader:
         shard = layout.shard_range(self.ranks.shard)
         flat = torch.zeros(layout.shard_bytes, dtype=torch.uint8, device=self.ranks.device)
         if is_quantized(self.reader.tensors, name):
-            self._copy_quantized(name, layout, shard.start, flat)
+            copy_quantized(self.reader, name, layout, flat, shard.start)
         else:
             self._quantize(name, layout, shard.start, flat)
         self._fingerprints[module.name] = fingerprint(flat, shard.start)
         target.copy_(flat)
-
-    def _copy_quantized(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
-        state = read_quant_state(self.reader, name)
-        sections = [(layout.codes, name), (layout.absmax, name + ".absmax")]
-        if layout.double_quant:
-            sections.append((layout.nested_absmax, name + ".nested_absmax"))
-        for section, tensor in sections:
-            begin, end = max(start, section.start), min(start + flat.numel(), section.stop)
-            if begin < end:
-                piece = self.reader.read_bytes(tensor, begin - section.start, end - section.start)
-                if self.reader.entry(tensor).dtype == torch.float32:
-                    require_finite(piece.view(torch.float32), self.reader, tensor)
-                flat[begin - start : end - start] = piece.to(flat.device)
-        if layout.double_quant:
-            offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
-            _place(flat, start, layout.offset.start, offset.view(torch.uint8))
 
     def _quantize(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
         failure: WeightsError | None = None
@@ -239,6 +223,28 @@ class Loader:
         if self.ranks.num_shards > 1:
             dist.all_reduce(total, group=self.ranks.shard_group)
         return dict(zip(self._fingerprints, total.tolist(), strict=True))
+
+
+def copy_quantized(reader: Reader, name: str, layout: Layout, flat: Tensor, start: int = 0) -> None:
+    """Fill `flat`, zeros, with the bytes from `start` on of the flat parameter of a matrix that is already quantised.
+
+    Raises:
+        WeightsError: scales that are not finite, or a file that cannot be read.
+    """
+    state = read_quant_state(reader, name)
+    sections = [(layout.codes, name), (layout.absmax, name + ".absmax")]
+    if layout.double_quant:
+        sections.append((layout.nested_absmax, name + ".nested_absmax"))
+    for section, tensor in sections:
+        begin, end = max(start, section.start), min(start + flat.numel(), section.stop)
+        if begin < end:
+            piece = reader.read_bytes(tensor, begin - section.start, end - section.start)
+            if reader.entry(tensor).dtype == torch.float32:
+                require_finite(piece.view(torch.float32), reader, tensor)
+            flat[begin - start : end - start] = piece.to(flat.device)
+    if layout.double_quant:
+        offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
+        _place(flat, start, layout.offset.start, offset.view(torch.uint8))
 
 
 def _place(flat: Tensor, start: int, position: int, data: Tensor) -> None:

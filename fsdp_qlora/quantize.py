@@ -1,0 +1,90 @@
+"""Make a pre-quantised bitsandbytes checkpoint of a model, in the memory of a few runs of weights."""
+
+from __future__ import annotations
+
+import json
+import time
+
+import torch
+
+from fsdp_qlora.config import QuantizeConfig
+from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.standalone import (
+    Source,
+    check_folders,
+    copy,
+    in_file_order,
+    open_source,
+    pick_device,
+    quantized_config,
+    side_files,
+    write_checkpoint,
+)
+from fsdp_qlora.weights.bnb_format import slots, write_quantized
+from fsdp_qlora.weights.index import TensorEntry
+from fsdp_qlora.weights.writer import Part, Sink, Written
+
+
+def run(config: QuantizeConfig) -> None:
+    """Quantise as `config` says; the command line's `quantize`."""
+    started = time.monotonic()
+    written = quantize(config)
+    print(
+        f"done: {written.size_bytes / 1e9:.2f} GB in {written.made + written.kept} files ({written.kept} of them from an"
+        f" earlier run), {time.monotonic() - started:.0f} s\n"
+        f"checkpoint: {config.output_dir}",
+        flush=True,
+    )
+
+
+def quantize(config: QuantizeConfig) -> Written:
+    """Write the checkpoint.
+
+    Raises:
+        ConfigError: the output folder holds something else.
+        ModelError, WeightsError: the model cannot be found or read, or is quantised already.
+        CheckpointError: the output cannot be written.
+    """
+    device = pick_device(config.device)
+    folder = resolve(config.model, config.revision)
+    output = check_folders(config.output_dir, folder)
+    quant = QuantSettings(config.quant_type, config.double_quant)
+    with open_source(folder) as source:
+        if source.is_quantized:
+            raise WeightsError(f"{folder}: is quantised already; give the model in 16 or 32 bits")
+        source.check(quant)
+        matrices = {source.checkpoint_name(name): name for name in source.linears}
+        parts = [
+            _quantized(source, entry, matrices[entry.name], quant, device)
+            if entry.name in matrices
+            else copy(source, entry)
+            for entry in in_file_order(source.raw.tensors)
+        ]
+        base_config = json.loads((folder / "config.json").read_text())
+        return write_checkpoint(
+            output,
+            parts,
+            quantized_config(base_config, quant, source.family),
+            side_files(folder),
+            {
+                "command": "quantize",
+                "source": source.identity(),
+                "quant_type": config.quant_type,
+                "double_quant": config.double_quant,
+                "max_shard_size": config.max_shard_size,
+            },
+            config.max_shard_size,
+            config.overwrite,
+            lambda line: print(f"quantize: {line}", flush=True),
+        )
+
+
+def _quantized(source: Source, entry: TensorEntry, name: str, quant: QuantSettings, device: torch.device) -> Part:
+    layout = source.layout(name, quant)
+
+    def make(sink: Sink) -> None:
+        write_quantized(entry.name, layout, (run.to(device) for _, run in source.runs(entry)), sink)
+
+    return Part(slots(entry.name, layout), make)

@@ -1,0 +1,223 @@
+"""What `quantize` and `merge` share: a checkpoint to read, and the folder of a new one that stands on its own."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fsdp_qlora.adapters import write_file
+from fsdp_qlora.checkpoint_config import size_in_bytes
+from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.models.families import Family
+from fsdp_qlora.models.hub import TEXT_FILES
+from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
+from fsdp_qlora.quant.adapt import QuantSettings, block_linears
+from fsdp_qlora.quant.layout import Layout
+from fsdp_qlora.weights.index import TensorEntry, read_index
+from fsdp_qlora.weights.reader import Reader
+from fsdp_qlora.weights.source import (
+    check_complete,
+    check_quantized,
+    check_shape,
+    is_quantized,
+    model_names,
+    require_finite,
+)
+from fsdp_qlora.weights.writer import STATE_FILE, Part, Sink, Slot, Written, begin, complete, write_shards
+
+SIDE_FILES = (*TEXT_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*")
+_NOT_COPIED = ("config.json", "adapter_config.json", "run.json", STATE_FILE)
+
+RUN_WEIGHTS = 1 << 22
+"""Weights that are read at a time, a multiple of the quantisation's blocks."""
+
+
+@dataclass
+class Source:
+    """A base checkpoint.
+
+    Attributes:
+        skeleton: its model without weights.
+        raw: reads tensors by their names in the checkpoint.
+        named: reads those of the language model by their names in transformers' model.
+        linears: name ('....weight') and layer of each matrix of the decoder blocks.
+    """
+
+    folder: Path
+    skeleton: Skeleton
+    raw: Reader
+    named: Reader
+    linears: dict[str, nn.Linear]
+
+    @property
+    def family(self) -> Family:
+        return self.skeleton.family
+
+    @property
+    def is_quantized(self) -> bool:
+        return any(is_quantized(self.named.tensors, name) for name in self.linears)
+
+    def checkpoint_name(self, name: str) -> str:
+        """Return the name in the checkpoint of a tensor of the model."""
+        return self.named.entry(name).name
+
+    def layout(self, name: str, quant: QuantSettings) -> Layout:
+        linear = self.linears[name]
+        return Layout(linear.out_features, linear.in_features, quant.quant_type, quant.double_quant)
+
+    def check(self, quant: QuantSettings) -> None:
+        """Raise WeightsError unless each tensor has the model's shape, and the given form if it is quantised."""
+        for name, parameter in self.skeleton.model.named_parameters():
+            if name in self.linears and is_quantized(self.named.tensors, name):
+                check_quantized(self.named, name, self.layout(name, quant))
+            else:
+                check_shape(self.named, name, tuple(parameter.shape))
+
+    def identity(self) -> list[list[Any]]:
+        """Return name, size and time of change of each weight file."""
+        files = sorted({entry.file for entry in self.raw.tensors.values()})
+        return [[file.name, file.stat().st_size, file.stat().st_mtime_ns] for file in files]
+
+    def runs(self, entry: TensorEntry) -> Iterator[tuple[int, Tensor]]:
+        """Yield (first element, 1-D run) of a tensor, with finite values where they are floats."""
+        total = entry.size_bytes // entry.dtype.itemsize
+        for start in range(0, total, RUN_WEIGHTS):
+            run = self.raw.read(entry.name, start, min(start + RUN_WEIGHTS, total))
+            if run.dtype.is_floating_point:
+                require_finite(run, self.raw, entry.name)
+            yield start, run
+
+
+@contextmanager
+def open_source(folder: Path) -> Iterator[Source]:
+    """Open a checkpoint of a supported family whose tensors are those of the model.
+
+    Raises:
+        ModelError, WeightsError: as build_model.
+    """
+    skeleton = build_skeleton(folder, torch.float32, "eager")
+    tensors = read_index(folder)
+    named = model_names(tensors, skeleton.family)
+    expected = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
+    check_complete(named, expected, skeleton.tied)
+    linears = {name + ".weight": linear for name, linear in block_linears(skeleton)}
+    with Reader(tensors) as raw, Reader(named) as by_name:
+        yield Source(folder, skeleton, raw, by_name, linears)
+
+
+def copy(source: Source, entry: TensorEntry, dtype: torch.dtype | None = None) -> Part:
+    """Return the part that copies a tensor, with floats cast to `dtype`."""
+    kept = entry.dtype if dtype is None or not entry.dtype.is_floating_point else dtype
+
+    def make(sink: Sink) -> None:
+        for start, run in source.runs(entry):
+            sink(entry.name, run.to(kept), start)
+
+    return Part((Slot(entry.name, kept, entry.shape),), make)
+
+
+def in_file_order(tensors: Mapping[str, TensorEntry]) -> list[TensorEntry]:
+    """Return the tensors as they lie on the disk."""
+    return sorted(tensors.values(), key=lambda entry: (entry.file, entry.start))
+
+
+def write_checkpoint(
+    folder: Path,
+    parts: Sequence[Part],
+    config: Mapping[str, Any],
+    side_files: Mapping[str, Path],
+    identity: Mapping[str, Any],
+    max_shard_size: str,
+    overwrite: bool,
+    say: Callable[[str], None],
+) -> Written:
+    """Write a checkpoint folder, or finish one that a killed run of the same identity left.
+
+    Args:
+        config: content of config.json.
+        side_files: files to copy, by their names in the folder.
+
+    Raises:
+        ConfigError: the folder holds something else.
+        CheckpointError: it cannot be written.
+    """
+    try:
+        kept = begin(folder, identity, overwrite)
+        free, wanted = shutil.disk_usage(folder).free, sum(part.size_bytes for part in parts) - kept
+        if free < wanted:
+            raise CheckpointError(
+                f"{folder}: {wanted / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free; free space or"
+                " choose another --output_dir"
+            )
+        written = write_shards(folder, parts, size_in_bytes(max_shard_size), identity, say)
+        for name, path in side_files.items():
+            write_file(folder / name, path.read_bytes())
+        complete(folder, config)
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: the checkpoint cannot be written ({error.strerror}); free space or choose another --output_dir,"
+            " and repeat the command: finished files are kept"
+        ) from error
+    return written
+
+
+def side_files(*folders: Path) -> dict[str, Path]:
+    """Return tokenizer, generation and licence files by name; of equal names the later folder's."""
+    return {
+        path.name: path
+        for folder in folders
+        for pattern in SIDE_FILES
+        for path in sorted(folder.glob(pattern))
+        if path.name not in _NOT_COPIED and not path.name.endswith(".index.json")
+    }
+
+
+def quantized_config(config: dict[str, Any], quant: QuantSettings, family: Family) -> dict[str, Any]:
+    """Return config.json's content for a checkpoint whose decoder blocks are quantised, as transformers writes it."""
+    from transformers import BitsAndBytesConfig
+
+    dtype = dtype_of(config)
+    settings = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=quant.quant_type,
+        bnb_4bit_use_double_quant=quant.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        llm_int8_skip_modules=_not_quantized(family),
+    )
+    return {**config, "quantization_config": settings.to_dict()}
+
+
+def _not_quantized(family: Family) -> list[str] | None:
+    """Return the modules that transformers must not quantise; None: its own default, which is the head."""
+    others = sorted({prefix.removeprefix("model.").rstrip(".") for prefix in family.other_prefixes})
+    return ["lm_head", *others, *(f"model.{name}" for name in others)] if others else None
+
+
+def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the dtype that config.json names, float32 if none."""
+    named = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+    return getattr(torch, named or "float32")  # type: ignore[no-any-return]
+
+
+def check_folders(output_dir: str, *inputs: Path) -> Path:
+    """Return the output folder; ConfigError if it is one of those that are read."""
+    output = Path(output_dir).expanduser()
+    for folder in inputs:
+        if output.resolve() == folder.resolve():
+            raise ConfigError(f"--output_dir={output_dir} is the folder that is read; choose another")
+    return output
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Return the device of a --device setting; ConfigError for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError("--device=cuda: torch sees no CUDA device; use --device=auto")
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
