@@ -27,6 +27,8 @@ class Command:
     summary: str
     module: str
     settings: type
+    positional: str = ""
+    """The setting whose values may stand without their flag, separated by spaces."""
 
 
 COMMANDS = (
@@ -46,6 +48,9 @@ COMMANDS = (
         "Make a 4-bit checkpoint of a model, matrix by matrix.",
         "fsdp_qlora.quantize",
         config.QuantizeConfig,
+    ),
+    Command(
+        "report", "Make a page of one or several training runs.", "fsdp_qlora.run_report", config.ReportConfig, "runs"
     ),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
@@ -135,12 +140,14 @@ def _flags(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[
     A boolean --flag without value is true, --noflag is false.
     """
     kinds: dict[str, type] = {setting.name: setting.kind for setting in describe(command.settings)}
-    flags, problems = [], []
+    flags, problems, values = [], [], []
     rest = list(arguments)
     while rest:
         argument = rest.pop(0)
         name = argument[2:].replace("-", "_")
-        if not argument.startswith("--") or not name:
+        if command.positional and not argument.startswith("-"):
+            values.append(argument)
+        elif not argument.startswith("--") or not name:
             problems.append(f"{argument!r} belongs to no setting; write --name value")
         elif "=" in argument:
             flags.append(argument)
@@ -154,6 +161,8 @@ def _flags(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[
             problems.append(f"{argument} has no value; write {argument} value")
         else:
             flags.append(f"{argument}=")  # unknown: reported with all other unknown names
+    if values:
+        flags.append(f"--{command.positional}={','.join(values)}")
     return flags, problems
 
 
@@ -174,7 +183,8 @@ def overview() -> str:
 
 def command_help(command: Command) -> str:
     """Return the help of one command, wrapped to the terminal: every setting with type, default and documentation."""
-    lines = [f"usage: fsdp-qlora {command.name} [--config FILE] [--name value ...]", "", command.summary, ""]
+    values = f" {command.positional.removesuffix('s').upper()} ..." if command.positional else ""
+    lines = [f"usage: fsdp-qlora {command.name}{values} [--config FILE] [--name value ...]", "", command.summary, ""]
     lines += ["  --config FILE", *_wrap("YAML file of 'name: value' lines; settings on the command line win over it.")]
     section = ""
     for setting in describe(command.settings):

@@ -154,3 +154,22 @@ class PlanConfig:
 
     debug: bool = False
     """Show Python tracebacks of errors."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Settings of a page about finished or running trainings."""
+
+    # --- runs ---
+    runs: str
+    """Run folders separated by commas; or without --runs, separated by spaces."""
+
+    # --- output ---
+    output: str = "report.html"
+    """The page, a file without external parts."""
+
+    png_dir: str | None = None
+    """Folder for the charts as .png files; default: none are made."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""

@@ -18,6 +18,7 @@ from fsdp_qlora.command_config import DataConfig as DataConfig
 from fsdp_qlora.command_config import DoctorConfig as DoctorConfig
 from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
 from fsdp_qlora.command_config import PlanConfig as PlanConfig
+from fsdp_qlora.command_config import ReportConfig as ReportConfig
 from fsdp_qlora.data_config import DataSettings
 from fsdp_qlora.settings import Check, Rule, Scalar
 
