@@ -123,7 +123,8 @@ def build_model(
         check_tensors(reader, parallelized.root, parallelized.names)
         if adapter is not None:
             check_adapter(adapter, list(lora_linears(parallelized.root)))
-    allocate = allocator(ranks.device, parallelized.offloaded)
+    with agree_on_errors(ranks, "reserving CPU memory"):
+        allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:
         loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter)
         report = loader.load(parallelized.units, progress)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.memory import pin
+from fsdp_qlora.memory import host_buffer
 from fsdp_qlora.quant.linear import LoRALinear
 
 
@@ -28,7 +28,8 @@ class HiddenStore:
     def __init__(self, offload: bool) -> None:
         self.offload = offload
         self._kept: dict[int, Tensor] = {}
-        self._host: dict[int, Tensor] = {}
+        self._buffers: dict[int, Tensor] = {}
+        self._away: dict[int, Tensor] = {}
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
         self._stream: torch.cuda.Stream | None = None
 
@@ -39,15 +40,20 @@ class HiddenStore:
             return
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        buffer = self._host.get(index)
-        if buffer is None or buffer.shape != hidden.shape:
-            buffer = torch.empty(hidden.shape, dtype=hidden.dtype)
-            pin(buffer)
-            self._host[index] = buffer
         self._stream.wait_stream(torch.cuda.current_stream())
+        self._away[index] = self._room(index, hidden)
         with torch.cuda.stream(self._stream):
-            buffer.copy_(hidden, non_blocking=True)
+            self._away[index].copy_(hidden, non_blocking=True)
         hidden.record_stream(self._stream)
+
+    def _room(self, index: int, like: Tensor) -> Tensor:
+        """Return pinned memory for a tensor, the same every time unless a larger one comes."""
+        size = like.numel() * like.itemsize
+        if index not in self._buffers or self._buffers[index].numel() < size:
+            assert self._stream is not None
+            self._stream.synchronize()  # it may still copy from or to the memory that is about to be released
+            self._buffers[index] = host_buffer(size, pinned=True)
+        return self._buffers[index][:size].view(like.dtype).view(like.shape)
 
     def get(self, index: int) -> Tensor:
         """Return the input of block `index` and let go of it; backward asks for the last block first."""
@@ -56,7 +62,7 @@ class HiddenStore:
         self._fetch(index)
         hidden, arrived = self._fetched.pop(index)
         arrived.wait()
-        if index > 0 and index - 1 in self._host:
+        if index - 1 in self._away:
             self._fetch(index - 1)
         return hidden
 
@@ -64,10 +70,11 @@ class HiddenStore:
         if index in self._fetched:
             return
         assert self._stream is not None
-        hidden = torch.empty(self._host[index].shape, dtype=self._host[index].dtype, device="cuda")
+        away = self._away.pop(index)
+        hidden = torch.empty(away.shape, dtype=away.dtype, device="cuda")
         self._stream.wait_stream(torch.cuda.current_stream())  # the memory may have had another owner
         with torch.cuda.stream(self._stream):
-            hidden.copy_(self._host[index], non_blocking=True)
+            hidden.copy_(away, non_blocking=True)
             self._fetched[index] = (hidden, self._stream.record_event())
 
 

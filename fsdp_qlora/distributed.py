@@ -95,6 +95,8 @@ def process_group(sharding: str, timeout_s: int, device: str | None = None) -> I
     chosen = torch.device("cpu") if device == "cpu" else choose_device(local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
+        # torchrun gives every rank one CPU thread, too few for the optimizer of what rests in CPU memory
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     store = torch._C._distributed_c10d.HashStore() if world_size == 1 else None
     timeout = datetime.timedelta(seconds=timeout_s)
     try:

@@ -5,11 +5,15 @@ torch's own pinned allocator rounds every allocation up to a power of two, which
 
 from __future__ import annotations
 
+import mmap
 import os
+import weakref
 from pathlib import Path, PurePosixPath
 
 import torch
 from torch import Tensor
+
+from fsdp_qlora.errors import TrainingError
 
 ALIGNMENT = 512
 """Allocations inside an arena begin at multiples of this many bytes."""
@@ -17,21 +21,35 @@ ALIGNMENT = 512
 GIB = 2**30
 
 
-def pin(buffer: Tensor) -> None:
-    """Page-lock the memory of a CPU tensor in place, so that copies to and from the GPU run at full speed and overlap.
+def host_buffer(size_bytes: int, pinned: bool) -> Tensor:
+    """Return uninitialised CPU memory, uint8 [size_bytes], that is released with the last tensor of it.
 
-    It stays pinned until the process ends.
+    Args:
+        pinned: page-lock it, so that copies to and from the GPU run at full speed and beside the computation. It has pages
+            of its own, as CUDA refuses to lock a page twice, and is unlocked before it is released.
+
+    Raises:
+        TrainingError: the system does not let this process lock so much.
     """
-    size = buffer.numel() * buffer.itemsize
-    if size == 0:
-        return
-    result = torch.cuda.cudart().cudaHostRegister(buffer.data_ptr(), size, 0)  # type: ignore[no-untyped-call]
+    if not pinned or size_bytes == 0:
+        return torch.empty(size_bytes, dtype=torch.uint8)
+    pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    buffer = torch.frombuffer(pages, dtype=torch.uint8)
+    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+    result = runtime.cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
     if int(result) != 0:
-        raise MemoryError(f"pinning {size / GIB:.1f} GiB failed (cudaHostRegister: {result})")
+        raise TrainingError(
+            f"{size_bytes / GIB:.1f} GiB of CPU memory cannot be page-locked (CUDA error {int(result)}); of what is"
+            f" available ({available_host_bytes() / GIB:.1f} GiB) the system keeps that much back: offload less with"
+            " --cpu_offload, or raise the limits that `ulimit -l` and the container set"
+        )
+    unlock = weakref.finalize(pages, runtime.cudaHostUnregister, buffer.data_ptr())
+    unlock.atexit = False  # the process's end releases everything, and CUDA may be gone by then
+    return buffer
 
 
 class HostArena:
-    """One run of CPU memory, handed out piece by piece and never returned.
+    """One run of CPU memory, handed out piece by piece.
 
     Args:
         size_bytes: sum of `padded` of all pieces.
@@ -39,10 +57,8 @@ class HostArena:
     """
 
     def __init__(self, size_bytes: int, pinned: bool) -> None:
-        self._buffer = torch.empty(size_bytes, dtype=torch.uint8)
+        self._buffer = host_buffer(size_bytes, pinned)
         self._used = 0
-        if pinned:
-            pin(self._buffer)
 
     @staticmethod
     def padded(size_bytes: int) -> int:

@@ -15,7 +15,11 @@ def build_optimizer(root: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
     """Return AdamW over every trainable parameter; its state is sharded and placed like the parameters."""
     trainable = [parameter for parameter in root.parameters() if parameter.requires_grad]
     return torch.optim.AdamW(
-        trainable, lr=config.lr, betas=(config.adam_beta1, config.adam_beta2), weight_decay=config.weight_decay
+        trainable,
+        lr=config.lr,
+        betas=(config.adam_beta1, config.adam_beta2),
+        weight_decay=config.weight_decay,
+        fused=True,  # one pass over the parameters; the default makes a pass, and memory, for every operation
     )
 
 

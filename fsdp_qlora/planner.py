@@ -79,9 +79,6 @@ GATHER_BUFFERS = 2
 UNSHARDED_GRADIENTS = 2
 """Copies of one block's LoRA gradients: as computed, and as reduce-scatter's input."""
 
-OPTIMIZER_COPIES = 1
-"""Copies of the trained parameters that a step of AdamW makes."""
-
 SLACK = 0.15
 """The allocator's fragmentation, as a share of all that comes and goes (docs/cuda.md has the measurements)."""
 
@@ -336,7 +333,6 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     final = replace(widths, norm=widths.hidden)
     loss_forward, loss_backward = (way.bytes_per_token(final, itemsize) for way in (LOSS_FORWARD, LOSS_BACKWARD))
     exchanged = 2 * shape.num_shards if shape.num_shards > 1 else 1
-    trained = sum(block.lora_part for block in shape.blocks)
     return {
         "embedding": {"activations": exchanged * hidden},
         "forward": {**kept, **running, "activations": tokens * FORWARD.bytes_per_token(widths, itemsize)},
@@ -344,7 +340,7 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
         "loss backward": {**kept, "activations": tokens * loss_backward},
         "backward of the last block": {**kept, **backward},
         "backward of the first block": {**first, **backward},
-        "optimizer": {"optimizer step": 0 if memory.offload_lora else OPTIMIZER_COPIES * trained},
+        "optimizer": {},
     }
 
 

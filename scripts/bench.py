@@ -2,7 +2,8 @@
 
     python scripts/bench.py --shape llama-8b [--rank 64 --batch_size 4 --context_length 2048 --steps 8 --profile trace.json]
 
-Prints one table: each variant's tokens/s, share of the floor, peak GiB, and the measured matmul and copy rates of the card.
+Prints one table, with PEFT + bitsandbytes beside this trainer: tokens/s, share of the floor, peak GiB, and the card's
+measured matmul and copy rates.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import fire
@@ -20,10 +22,12 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
+from transformers import LlamaConfig
 
 from fsdp_qlora.build import BuiltModel, build_model
+from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, process_group
-from fsdp_qlora.optim import clip_gradients
+from fsdp_qlora.optim import build_optimizer, clip_gradients
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
@@ -61,58 +65,87 @@ def _median_seconds(action: Callable[[], object], repeats: int) -> float:
     return statistics.median(times)
 
 
-def flops_per_token(built: BuiltModel, context_length: int, recomputed: float) -> float:
-    """Return the floating-point operations a token needs.
+def flops_per_token(config: LlamaConfig, lora_rank: int, context_length: int, recomputed: float) -> float:
+    """Return the floating-point operations that a token needs.
 
-    Frozen matrices take 2 a weight forward, 2 for the input gradient and 2 more where they are recomputed; LoRA 6 (8); the
-    head 4; causal attention 2 x context x width forward and 2.5 times that backward.
+    Frozen matrices take 2 a weight forward, 2 for the input gradient and 2 more where they are recomputed (which the
+    block's last, down_proj, need not be); LoRA 6 (8); the head 4; causal attention 2 x context x width forward and 2.5 times
+    that backward.
     """
-    config = built.skeleton.config
-    base = sum(linear.layout.num_weights for linear in _linears(built))
-    attention = 2 * context_length * config.hidden_size * config.num_hidden_layers
-    head = config.vocab_size * config.hidden_size
+    hidden, inner, blocks = config.hidden_size, config.intermediate_size, config.num_hidden_layers
+    kv = hidden // config.num_attention_heads * config.num_key_value_heads
+    shapes = [(hidden, hidden)] * 2 + [(hidden, kv)] * 2 + [(hidden, inner)] * 3
+    base = blocks * sum(a * b for a, b in shapes)
+    lora = blocks * lora_rank * sum(a + b for a, b in shapes)
+    attention = 2 * context_length * hidden * blocks
+    head = config.vocab_size * hidden
     return (
-        base * (4 + 2 * recomputed)
-        + built.num_trainable * (6 + 2 * recomputed)
+        base * 4
+        + (base - blocks * hidden * inner) * 2 * recomputed
+        + lora * (6 + 2 * recomputed)
         + 4 * head
         + attention * (3.5 + recomputed)
     )
 
 
-def _linears(built: BuiltModel) -> list:  # type: ignore[type-arg]
-    from fsdp_qlora.quant.adapt import lora_linears
+class Batch:
+    """Random tokens, one document a row, every token a target."""
 
-    return list(lora_linears(built.root))
-
-
-class Step:
-    """One optimizer step on random tokens."""
-
-    def __init__(self, built: BuiltModel, batch_size: int, context_length: int) -> None:
-        self.built = built
+    def __init__(self, vocab_size: int, batch_size: int, context_length: int) -> None:
         torch.manual_seed(0)
-        vocab = built.skeleton.config.vocab_size
-        ids = torch.randint(0, vocab, (batch_size, context_length + 1), device="cuda")
-        self.ids, self.labels = ids[:, :-1].contiguous(), ids[:, 1:].reshape(-1)
+        self.context_length = context_length
+        self.ids = torch.randint(3, vocab_size, (batch_size, context_length + 1), device="cuda")
+        self.inputs, self.labels = self.ids[:, :-1].contiguous(), self.ids[:, 1:].reshape(-1)
         self.positions = torch.arange(context_length, device="cuda").expand(batch_size, -1).contiguous()
         self.documents = torch.arange(batch_size + 1, dtype=torch.int32, device="cuda") * context_length
         self.targets = torch.arange(self.labels.numel(), device="cuda")
-        trainable = [parameter for parameter in built.root.parameters() if parameter.requires_grad]
-        self.optimizer = torch.optim.AdamW(trainable, lr=1e-4)
 
-    def __call__(self) -> float:
-        """Do a step; return the loss."""
-        context_length = self.ids.shape[1]
-        out = self.built.root(self.ids, self.positions, self.documents, context_length, self.targets, self.labels)
-        loss = out["loss"] / self.labels.numel()
+
+def our_step(built: BuiltModel, batch: Batch) -> Callable[[], float]:
+    """Return an optimizer step of this trainer's model."""
+    optimizer = build_optimizer(built.root, TrainConfig(lr=1e-4))
+
+    def step() -> float:
+        out = built.root(
+            batch.inputs, batch.positions, batch.documents, batch.context_length, batch.targets, batch.labels
+        )
+        loss = out["loss"] / batch.labels.numel()
         loss.backward()
-        clip_gradients(self.built.root, 1.0)
-        self.optimizer.step()
-        self.optimizer.zero_grad()
+        clip_gradients(built.root, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
         return float(loss.item())
 
+    return step
 
-def _profile(step: Step, path: str) -> dict[str, float]:
+
+def peft_step(folder: Path, rank: int, batch: Batch) -> Callable[[], float]:
+    """Return an optimizer step of PEFT + bitsandbytes: bf16 autocast, gradient checkpointing, transformers' own loss."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16, device_map={"": 0})
+    model.config.use_cache = False
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    config = LoraConfig(r=rank, lora_alpha=16, target_modules="all-linear", task_type="CAUSAL_LM")
+    model = get_peft_model(model, config).train()
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trainable, lr=1e-4, fused=True)
+
+    def step() -> float:
+        with torch.autocast("cuda", dtype=torch.bfloat16):
+            loss = model(input_ids=batch.ids[:, :-1], labels=batch.ids[:, :-1]).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(trainable, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.item())
+
+    return step
+
+
+def _profile(step: Callable[[], float], path: str) -> dict[str, float]:
     """Write a trace of one step and return milliseconds by kind of kernel."""
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as result:
         step()
@@ -132,33 +165,45 @@ def _profile(step: Step, path: str) -> dict[str, float]:
     return totals
 
 
-def _measure(
-    folder: Path,
-    ranks: Ranks,
-    rank: int,
-    memory: MemorySettings,
-    compiled: bool,
-    shape: tuple[int, int, int],
-    trace: str | None,
-) -> tuple[BuiltModel, float, float, float, float, dict[str, float]]:
-    batch_size, context_length, steps = shape
-    torch.cuda.reset_peak_memory_stats()
-    lora = LoraSettings(rank, 16.0)
-    built = build_model(folder, ranks, QuantSettings(), lora, torch.bfloat16, memory=memory, compiled=compiled)
-    step = Step(built, batch_size, context_length)
+@dataclass
+class Timing:
+    """What a variant took: seconds a step (median) and of the first one, peak GiB reserved, the last loss."""
+
+    seconds: float
+    first: float
+    gib: float
+    loss: float
+
+
+def _measure(step: Callable[[], float], steps: int) -> Timing:
     started = time.perf_counter()
     step()
-    torch.cuda.synchronize()
     first = time.perf_counter() - started
     times, loss = [], 0.0
-    for index in range(steps + 2):
+    for _ in range(steps + 2):
         started = time.perf_counter()
         loss = step()
-        if index >= 2:
-            times.append(time.perf_counter() - started)
-    peak = torch.cuda.max_memory_reserved() / 2**30
-    totals = _profile(step, trace) if trace is not None else {}
-    return built, statistics.median(times), first, peak, loss, totals
+        times.append(time.perf_counter() - started)
+    return Timing(statistics.median(times[2:]), first, torch.cuda.max_memory_reserved() / 2**30, loss)
+
+
+def _build(folder: Path, ranks: Ranks, rank: int, variant: str, blocks: int) -> BuiltModel:
+    keep, offload = "-keep" in variant, "-offload" in variant
+    memory = MemorySettings(
+        offload_blocks=blocks if offload else 0,
+        offload_vocabulary=offload,
+        checkpoint_blocks=0 if keep else blocks,
+    )
+    lora = LoraSettings(rank, 16.0)
+    compiled = variant.startswith("compile")
+    return build_model(folder, ranks, QuantSettings(), lora, torch.bfloat16, memory=memory, compiled=compiled)
+
+
+def _release() -> None:
+    gc.collect()
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    torch._dynamo.reset()
 
 
 def bench(
@@ -168,47 +213,46 @@ def bench(
     batch_size: int = 4,
     context_length: int = 2048,
     steps: int = 6,
-    variants: str = "eager,compile,compile-keep",
+    variants: str = "peft,eager,compile,compile-keep",
     profile: str | None = None,
     folder: str | None = None,
 ) -> None:
-    """Measure variants: eager or compile, with full recomputation ('-keep': without; '-offload': all blocks on the CPU)."""
+    """Measure variants: peft, or this trainer eager or compile, with full recomputation.
+
+    '-keep': without recomputation; '-offload': all blocks rest on the CPU.
+    """
     target = Path(folder or tempfile.mkdtemp())
     if not (target / "config.json").exists():
         random_checkpoint.make(shape, str(target), num_blocks)
+    config = random_checkpoint.llama_config(shape, num_blocks)
     rates = measured_rates()
     table = Table(title=f"{shape}, r {rank}, {batch_size} x {context_length}, {torch.cuda.get_device_name()}")
     for column in ("variant", "s/step", "tok/s", "of floor", "GiB", "first step s", "loss"):
         table.add_column(column)
-    blocks = random_checkpoint.llama_config(shape, num_blocks).num_hidden_layers
+    tokens = batch_size * context_length
+    batch = Batch(config.vocab_size, batch_size, context_length)
     with process_group("full", 600) as ranks:
         for variant in variants.split(","):
-            keep, offload = "-keep" in variant, "-offload" in variant
-            memory = MemorySettings(
-                offload_blocks=blocks if offload else 0,
-                offload_vocabulary=offload,
-                checkpoint_blocks=0 if keep else blocks,
-            )
-            built, seconds, first, peak, loss, totals = _measure(
-                target, ranks, rank, memory, variant.startswith("compile"), (batch_size, context_length, steps), profile
-            )
-            tokens = batch_size * context_length
-            floor = flops_per_token(built, context_length, 0.0 if keep else 1.0) * tokens / rates["tflops"] / 1e12
+            _release()
+            if variant == "peft":
+                step = peft_step(target, rank, batch)
+            else:
+                step = our_step(_build(target, ranks, rank, variant, config.num_hidden_layers), batch)
+            timing = _measure(step, steps)
+            flops = flops_per_token(config, rank, context_length, 0.0 if "-keep" in variant else 1.0)
+            floor = flops * tokens / rates["tflops"] / 1e12
             table.add_row(
                 variant,
-                f"{seconds:.3f}",
-                f"{tokens / seconds:,.0f}",
-                f"{floor / seconds:.0%}",
-                f"{peak:.1f}",
-                f"{first:.0f}",
-                f"{loss:.4f}",
+                f"{timing.seconds:.3f}",
+                f"{tokens / timing.seconds:,.0f}",
+                f"{floor / timing.seconds:.0%}",
+                f"{timing.gib:.1f}",
+                f"{timing.first:.0f}",
+                f"{timing.loss:.4f}",
             )
-            if totals:
-                print(variant, {kind: round(value, 1) for kind, value in totals.items()})
-            del built
-            gc.collect()
-            torch.cuda.empty_cache()
-            torch._dynamo.reset()
+            if profile is not None:
+                print(variant, {kind: round(value, 1) for kind, value in _profile(step, profile).items()})
+            del step
     Console(width=110).print(table)
     print(f"measured: bf16 matmul {rates['tflops']:.0f} TFLOP/s, host to device {rates['host_gbs']:.1f} GB/s")
 

@@ -140,6 +140,13 @@ def make(shape: str, folder: str, num_blocks: int | None = None) -> None:
         save({name: (torch.randn(size, device=device) * 0.02).bfloat16().cpu()}, f"{name.split('.')[-2]}.safetensors")
     save({"model.norm.weight": torch.ones(config.hidden_size, dtype=torch.bfloat16)}, "norm.safetensors")
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config.quantization_config = {
+        "quant_method": "bitsandbytes",
+        "load_in_4bit": True,
+        "bnb_4bit_quant_type": "nf4",
+        "bnb_4bit_use_double_quant": True,
+        "bnb_4bit_compute_dtype": "bfloat16",
+    }
     config.save_pretrained(target)
     save_tokenizer(target)
     save_data(target)

@@ -9,12 +9,24 @@ from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.nf4 import dequantize_reference
 
 
-def _dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+def _dequantize(
+    packed: Tensor, layout: Layout, dtype: torch.dtype, beside: Tensor | None, below: Tensor | None
+) -> Tensor:
+    num_rows = layout.out_features + (0 if below is None else below.shape[0])
+    num_columns = layout.in_features + (0 if beside is None else beside.shape[1])
+    out = torch.empty(num_rows, num_columns, dtype=dtype, device=packed.device)
+    matrix = out[: layout.out_features, : layout.in_features]
     if packed.is_cuda:
-        from fsdp_qlora.quant.kernels import dequantize as triton_dequantize
+        from fsdp_qlora.quant.kernels import dequantize_into
 
-        return triton_dequantize(packed, layout, dtype)
-    return dequantize_reference(packed, layout, dtype)
+        dequantize_into(matrix, packed, layout)
+    else:
+        matrix.copy_(dequantize_reference(packed, layout, dtype))
+    if beside is not None:
+        out[:, layout.in_features :] = beside
+    if below is not None:
+        out[layout.out_features :] = below
+    return out
 
 
 @torch.library.custom_op("fsdp_qlora::dequantize", mutates_args=())
@@ -26,8 +38,10 @@ def _dequantize_op(
     double_quant: bool,
     dtype: torch.dtype,
     use: str,
+    beside: Tensor | None,
+    below: Tensor | None,
 ) -> Tensor:
-    return _dequantize(packed, Layout(out_features, in_features, quant_type, double_quant), dtype)
+    return _dequantize(packed, Layout(out_features, in_features, quant_type, double_quant), dtype, beside, below)
 
 
 @_dequantize_op.register_fake
@@ -39,22 +53,44 @@ def _(
     double_quant: bool,
     dtype: torch.dtype,
     use: str,
+    beside: Tensor | None,
+    below: Tensor | None,
 ) -> Tensor:
-    return packed.new_empty((out_features, in_features), dtype=dtype)
+    num_rows = out_features + (0 if below is None else below.shape[0])
+    num_columns = in_features + (0 if beside is None else beside.shape[1])
+    return packed.new_empty((num_rows, num_columns), dtype=dtype)
 
 
-def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
-    """Return the matrix [out, in] in `dtype`.
+def dequantize(
+    packed: Tensor,
+    layout: Layout,
+    dtype: torch.dtype,
+    use: str,
+    *,
+    beside: Tensor | None = None,
+    below: Tensor | None = None,
+) -> Tensor:
+    """Return the matrix [out, in] in `dtype`, with more columns or rows if given.
 
     Args:
         packed: gathered flat parameter, 1-D, storage dtype.
         layout: its layout.
         use: 'forward' or 'backward'. torch.compile merges equal calls; were the two uses equal calls, it would keep the
             dequantised matrix from forward to backward.
+        beside: [out, r], columns to put to the right of the matrix.
+        below: [r, in], rows to put under it.
     """
     if not torch.compiler.is_compiling():
-        return _dequantize(packed, layout, dtype)
+        return _dequantize(packed, layout, dtype, beside, below)
     result: Tensor = _dequantize_op(
-        packed, layout.out_features, layout.in_features, layout.quant_type, layout.double_quant, dtype, use
+        packed,
+        layout.out_features,
+        layout.in_features,
+        layout.quant_type,
+        layout.double_quant,
+        dtype,
+        use,
+        beside,
+        below,
     )
     return result

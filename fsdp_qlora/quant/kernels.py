@@ -29,6 +29,8 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     out_ptr,
     num_bytes,
     num_weights,
+    in_features,
+    row_stride,
     DOUBLE_QUANT: tl.constexpr,
     BLOCK_BYTES: tl.constexpr,
     NESTED: tl.constexpr,
@@ -49,11 +51,17 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     pair = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
     base = tl.program_id(0).to(tl.int64) * (2 * BYTES_PER_PROGRAM)
     element = base + tl.arange(0, 2 * BYTES_PER_PROGRAM)
-    tl.store(out_ptr + element, pair, mask=element < num_weights)
+    row = element // in_features
+    tl.store(out_ptr + row * row_stride + (element - row * in_features), pair, mask=element < num_weights)
 
 
-def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
-    """Return the matrix [out, in] in `dtype` from a gathered flat parameter on a CUDA device (1-D, any storage dtype)."""
+def dequantize_into(out: Tensor, packed: Tensor, layout: Layout) -> None:
+    """Write the matrix of a gathered flat parameter, on a CUDA device.
+
+    Args:
+        out: [out, in], each row contiguous in itself; any floating dtype.
+        packed: 1-D, any storage dtype.
+    """
     flat = packed.view(torch.uint8)
     absmax = flat[layout.absmax.start : layout.absmax.stop]
     if layout.double_quant:
@@ -62,7 +70,6 @@ def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
     else:
         absmax = absmax.view(torch.float32)
         nested = offset = absmax  # not read
-    out = torch.empty(layout.out_features, layout.in_features, dtype=dtype, device=packed.device)
     _dequantize_kernel[(triton.cdiv(layout.codes.size, BYTES_PER_PROGRAM),)](
         flat,
         absmax,
@@ -73,6 +80,8 @@ def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         out,
         layout.codes.size,
         layout.num_weights,
+        layout.in_features,
+        out.stride(0),
         DOUBLE_QUANT=layout.double_quant,
         BLOCK_BYTES=BLOCKSIZE // 2,
         NESTED=NESTED_BLOCKSIZE,
@@ -80,4 +89,3 @@ def dequantize(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
         num_warps=8,
         enable_fp_fusion=False,
     )
-    return out

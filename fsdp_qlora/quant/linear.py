@@ -2,8 +2,8 @@
 
     y = x W^T + b + s (x A^T) B^T          W: 4-bit [out, in]    A: [r, in]    B: [out, r]    s = alpha / r
 
-Saved for backward are the input, x A^T and references to the parameters, which FSDP frees and refills; the dequantised W is
-made again in backward and never outlives the operation.
+Saved for backward are the input, s x A^T and references to the parameters, which FSDP frees and refills; the
+dequantised W is made again in backward and never outlives the operation.
 """
 
 from __future__ import annotations
@@ -17,6 +17,50 @@ from torch import Tensor, nn
 
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import Layout
+
+
+@torch.library.custom_op("fsdp_qlora::add_product_", mutates_args=("total",))
+def _add_product_op(total: Tensor, left: Tensor, right: Tensor) -> None:
+    total.addmm_(left, right)
+
+
+def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
+    """Return total + left @ right, in the memory of `total`; of a plain addmm torch.compile would make a copy."""
+    if torch.compiler.is_compiling():
+        _add_product_op(total, left, right)
+        return total
+    return total.addmm_(left, right)
+
+
+def _widens(rank: int) -> bool:
+    """Whether a matrix widened by the rank keeps the alignment (16 bytes) that fast kernels need."""
+    return rank % 8 == 0
+
+
+def _forward_product(
+    x_TI: Tensor, a_TR: Tensor | None, packed: Tensor, lora_B: Tensor | None, bias: Tensor | None, layout: Layout
+) -> Tensor:
+    """Return x W^T + a B^T + bias, without the second product where there is no LoRA.
+
+    Adding the second product reads and writes the whole output. Where that is wider than the input, one product of the
+    widened matrices, [x | a] [W | B]^T, is less work although it copies x.
+    """
+    if a_TR is None or lora_B is None:
+        return F.linear(x_TI, dequantize(packed, layout, x_TI.dtype, "forward"), bias)
+    if layout.out_features > layout.in_features and _widens(a_TR.shape[1]):
+        weight = dequantize(packed, layout, x_TI.dtype, "forward", beside=lora_B)
+        return F.linear(torch.cat((x_TI, a_TR), 1), weight, bias)
+    y_TO = F.linear(x_TI, dequantize(packed, layout, x_TI.dtype, "forward"), bias)
+    return _add_product(y_TO, a_TR, lora_B.to(y_TO.dtype).t())
+
+
+def _backward_product(dy_TO: Tensor, g_TR: Tensor, packed: Tensor, lora_A: Tensor, layout: Layout) -> Tensor:
+    """Return dy W + g A, as one product [dy | g] [W; A] where the result is wider than dy (see _forward_product)."""
+    if layout.in_features > layout.out_features and _widens(g_TR.shape[1]):
+        weight = dequantize(packed, layout, dy_TO.dtype, "backward", below=lora_A)
+        return torch.cat((dy_TO, g_TR), 1) @ weight
+    dx_TI = dy_TO @ dequantize(packed, layout, dy_TO.dtype, "backward")
+    return _add_product(dx_TI, g_TR, lora_A.to(dx_TI.dtype))
 
 
 class LoRALinearFunction(torch.autograd.Function):
@@ -36,19 +80,18 @@ class LoRALinearFunction(torch.autograd.Function):
         skip_product: bool = False,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
-        if skip_product:
-            y_TO = x.new_empty(x_TI.shape[0], layout.out_features)
-        else:
-            y_TO = F.linear(x_TI, dequantize(packed, layout, x.dtype, "forward"), bias)
         ctx.layout, ctx.scaling, ctx.has_dropout = layout, scaling, x_lora is not None
+        a_TR = None
         if lora_A is None or lora_B is None:
             ctx.save_for_backward(packed)
         else:
             u_TI = x_TI if x_lora is None else x_lora.reshape(-1, x.shape[-1])
-            a_TR = u_TI @ lora_A.to(x.dtype).t()
-            if not skip_product:
-                y_TO = torch.addmm(y_TO, a_TR, lora_B.to(x.dtype).t(), alpha=scaling)
+            a_TR = (u_TI @ lora_A.to(x.dtype).t()) * scaling
             ctx.save_for_backward(packed, u_TI, a_TR, lora_A, lora_B)
+        if skip_product:
+            y_TO = x.new_empty(x_TI.shape[0], layout.out_features)
+        else:
+            y_TO = _forward_product(x_TI, a_TR, packed, lora_B, bias, layout)
         return y_TO.view(*x.shape[:-1], layout.out_features)
 
     @staticmethod
@@ -59,17 +102,18 @@ class LoRALinearFunction(torch.autograd.Function):
         dy_TO = dy.reshape(-1, layout.out_features)
         x_shape = (*dy.shape[:-1], layout.in_features)
         dx_TI = du_TI = dA_RI = dB_OR = None
-        if ctx.needs_input_grad[0]:
-            dx_TI = dy_TO @ dequantize(packed, layout, dy.dtype, "backward")
         if saved:
             u_TI, a_TR, lora_A, lora_B = saved
             g_TR = (dy_TO @ lora_B.to(dy.dtype)) * ctx.scaling
             dA_RI = (g_TR.t() @ u_TI).to(lora_A.dtype)
-            dB_OR = (dy_TO.t() @ a_TR).to(lora_B.dtype) * ctx.scaling
+            dB_OR = (dy_TO.t() @ a_TR).to(lora_B.dtype)
             if ctx.has_dropout and ctx.needs_input_grad[1]:
                 du_TI = g_TR @ lora_A.to(dy.dtype)
-            elif dx_TI is not None and not ctx.has_dropout:
-                dx_TI = torch.addmm(dx_TI, g_TR, lora_A.to(dy.dtype))
+        if ctx.needs_input_grad[0]:
+            if saved and not ctx.has_dropout:
+                dx_TI = _backward_product(dy_TO, g_TR, packed, lora_A, layout)
+            else:
+                dx_TI = dy_TO @ dequantize(packed, layout, dy.dtype, "backward")
         dx = None if dx_TI is None else dx_TI.view(x_shape)
         du = None if du_TI is None else du_TI.view(x_shape)
         return dx, du, None, None, dA_RI, dB_OR, None, None, None

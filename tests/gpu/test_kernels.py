@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from fsdp_qlora.models import attention
+from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import STORAGE_DTYPES, Layout
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 
@@ -18,8 +19,6 @@ SHAPES = [(64, 64), (4096, 1024), (1000, 96), (33, 130), (7, 10), (14336, 4096)]
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_triton_dequantize_equals_bitsandbytes_bit_for_bit(quant_type: str, double_quant: bool) -> None:
-    from fsdp_qlora.quant.kernels import dequantize
-
     for shape in SHAPES:
         for dtype in (torch.bfloat16, torch.float32, torch.float16):
             weight = torch.randn(shape, device="cuda", dtype=torch.bfloat16)
@@ -28,19 +27,22 @@ def test_triton_dequantize_equals_bitsandbytes_bit_for_bit(quant_type: str, doub
             state_source, state = bnb.quantize_4bit(weight, compress_statistics=double_quant, quant_type=quant_type)
             state.dtype = dtype
             expected = bnb.dequantize_4bit(state_source, state)
-            found = dequantize(packed, layout, dtype)
+            found = dequantize(packed, layout, dtype, "forward")
             assert torch.equal(found, expected), (shape, dtype)
             assert torch.equal(dequantize_reference(packed, layout, dtype), expected), (shape, dtype)
+            columns, rows = torch.randn(shape[0], 8, device="cuda"), torch.randn(8, shape[1], device="cuda")
+            widened = dequantize(packed, layout, dtype, "forward", beside=columns)
+            assert torch.equal(widened, torch.cat((expected, columns.to(dtype)), 1)), (shape, dtype)
+            lengthened = dequantize(packed, layout, dtype, "forward", below=rows)
+            assert torch.equal(lengthened, torch.cat((expected, rows.to(dtype)))), (shape, dtype)
 
 
 @pytest.mark.parametrize("storage", ["float32", "bfloat16", "float16", "uint8"])
 def test_storage_dtype_does_not_matter(storage: str) -> None:
-    from fsdp_qlora.quant.kernels import dequantize
-
     layout = Layout(512, 256)
     packed = quantize_matrix(torch.randn(512, 256, device="cuda"), layout)
-    expected = dequantize(packed.view(torch.float32), layout, torch.bfloat16)
-    assert torch.equal(dequantize(packed.view(STORAGE_DTYPES[storage]), layout, torch.bfloat16), expected)
+    expected = dequantize(packed.view(torch.float32), layout, torch.bfloat16, "forward")
+    assert torch.equal(dequantize(packed.view(STORAGE_DTYPES[storage]), layout, torch.bfloat16, "forward"), expected)
 
 
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])

@@ -19,7 +19,7 @@ from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 
-OUT, IN, RANK, SCALING = 48, 80, 4, 1.5
+OUT, IN, RANK, SCALING = 48, 80, 8, 1.5
 NAMES = ("x", "lora_A", "lora_B")
 
 
@@ -103,6 +103,10 @@ CASES: dict[str, dict[str, Any]] = {
     "bias": {"bias": True},
     "dropout": {"dropout": 0.3},
     "bias_and_dropout": {"bias": True, "dropout": 0.3},
+    "wide": {"out_features": 112},  # [x | a] [W | B]^T in forward; the others do [dy | g] [W; A] in backward
+    "wide_with_bias_and_dropout": {"out_features": 112, "bias": True, "dropout": 0.3},
+    "rank_3": {"rank": 3},  # not a multiple of 8: two products
+    "wide_rank_3": {"out_features": 112, "rank": 3},
     "no_lora": {"rank": 0},
     "no_lora_with_bias": {"rank": 0, "bias": True, "dropout": 0.3},
 }
@@ -151,7 +155,8 @@ def test_non_contiguous_input_and_output_gradient() -> None:
 
 
 def test_gradcheck(monkeypatch: pytest.MonkeyPatch) -> None:
-    def dequantize64(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
+    def dequantize64(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str, **more: Tensor) -> Tensor:
+        assert not more
         return dequantize_reference(packed, layout, torch.float32).to(dtype)  # bitsandbytes has no float64
 
     monkeypatch.setattr(linear_module, "dequantize", dequantize64)
@@ -186,9 +191,9 @@ def test_skipping_the_product_keeps_the_gradients(monkeypatch: pytest.MonkeyPatc
     uses: list[str] = []
     real = linear_module.dequantize
 
-    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
+    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str, **more: Tensor) -> Tensor:
         uses.append(use)
-        return real(packed, layout, dtype, use)
+        return real(packed, layout, dtype, use, **more)
 
     monkeypatch.setattr(linear_module, "dequantize", watched)
     layer.skip_product = True
@@ -235,8 +240,8 @@ def test_dequantised_matrix_dies_with_the_forward(monkeypatch: pytest.MonkeyPatc
     alive: list[weakref.ref[Tensor]] = []
     real = linear_module.dequantize
 
-    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
-        matrix = real(packed, layout, dtype, use)
+    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str, **more: Tensor) -> Tensor:
+        matrix = real(packed, layout, dtype, use, **more)
         alive.append(weakref.ref(matrix))
         return matrix
 
