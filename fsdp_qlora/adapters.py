@@ -3,20 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import CheckpointError
+from fsdp_qlora.files import FileRecord, write_new, write_tensors
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
@@ -44,7 +44,7 @@ def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
         moved = value.to(device)
         assert isinstance(moved, DTensor)
         value = moved.full_tensor()
-    return value.cpu()
+    return value.to("cpu", copy=True)  # a copy also where it already is there: training goes on while it is written
 
 
 def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
@@ -53,7 +53,11 @@ def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
     Raises:
         CheckpointError: a matrix has not its full shape, or holds NaN.
     """
-    tensors: dict[str, Tensor] = {}
+    return dict(adapter_matrices(root, ranks))
+
+
+def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
+    """Gather one matrix after the other, as `gather_adapter` returns them; every rank must take all."""
     for linear in lora_linears(root):
         if linear.lora_A is None or linear.lora_B is None:
             continue
@@ -68,8 +72,7 @@ def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
                 raise CheckpointError(
                     f"'{name}' has shape {list(value.shape)} (expected {list(shape)}) or is not finite"
                 )
-            tensors[name] = value.contiguous()
-    return tensors
+            yield name, value.contiguous()
 
 
 def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict[str, Any]:
@@ -96,14 +99,13 @@ def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict
     }
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write a file so that a crash leaves either the old or the new one; mode as the umask says."""
-    partial = path.with_name(path.name + ".partial")
-    with partial.open("wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    partial.replace(path)
+def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, FileRecord]:
+    """Write an adapter's two files into an existing folder and return what they must hold, by name."""
+    text = json.dumps(config, indent=2) + "\n"
+    return {
+        WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"}),
+        CONFIG_FILE: write_new(folder / CONFIG_FILE, [text.encode()]),
+    }
 
 
 def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: Path, ranks: Ranks) -> None:
@@ -112,15 +114,17 @@ def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: P
     Raises:
         CheckpointError, on every rank: incomplete matrices, or a folder that cannot be written.
     """
-    tensors = gather_adapter(root, ranks)
+    tensors = {name: value for name, value in adapter_matrices(root, ranks) if ranks.is_main}
     with agree_on_errors(ranks, "saving the adapter"):
         if not ranks.is_main:
             return
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            write_file(folder / WEIGHTS_FILE, save(tensors, metadata={"format": "pt"}))
-            config = json.dumps(adapter_config(root, lora, base_model), indent=2) + "\n"
-            write_file(folder / CONFIG_FILE, config.encode())
+            partial = folder.with_name(f"{folder.name}.partial")
+            partial.mkdir(exist_ok=True)
+            for name in write_adapter(partial, tensors, adapter_config(root, lora, base_model)):
+                (partial / name).replace(folder / name)
+            partial.rmdir()
         except OSError as error:
             raise CheckpointError(
                 f"{folder}: the adapter cannot be written ({error.strerror}); free space or choose another --output_dir"

@@ -127,10 +127,20 @@ class TrainConfig(DataSettings):
     """Write metrics every N optimizer steps."""
 
     output_dir: str = "runs/default"
-    """Folder for the adapter, metrics.jsonl and run.json; must be empty or absent unless --overwrite."""
+    """Folder for adapter, checkpoints, metrics.jsonl, run.json and exit.json; a run found in it is gone on with (--resume)."""
 
     overwrite: bool = False
-    """Replace the results of an earlier run in --output_dir."""
+    """Start over in an --output_dir that holds an earlier run, and delete its results and checkpoints."""
+
+    save_steps: int = 100
+    """Save a checkpoint every N optimizer steps, besides at the end and when a signal stops the run; 0: only those."""
+
+    save_total_limit: int = 2
+    """Checkpoints that are kept, the newest ones; at least 2, so that a damaged one costs little."""
+
+    resume: str = "auto"
+    """auto: go on from the newest intact checkpoint in --output_dir, if any; none: never; or the path of a checkpoint
+    (step-000100) or of another run's folder."""
 
     log_to: str = "none"
     """Trackers besides metrics.jsonl: none, or wandb and tensorboard separated by commas. One that fails never stops the
@@ -234,6 +244,8 @@ RULES: dict[str, Rule] = {
     "max_grad_norm": _at_least(0),
     "seed": Rule(lambda value: 0 <= value < 2**32, "from 0 to 4294967295"),
     "eval_steps": _at_least(0),
+    "save_steps": _at_least(0),
+    "save_total_limit": _at_least(2),
     "logging_steps": _at_least(1),
     "output_dir": Rule(
         _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
@@ -281,6 +293,12 @@ def _evaluation_without_rows(config: TrainConfig) -> str | None:
     return None
 
 
+def _overwrite_what_is_resumed(config: TrainConfig) -> str | None:
+    if config.overwrite and config.resume not in ("auto", "none"):
+        return f"--overwrite with --resume={config.resume}: starts over or goes on, not both; leave one of them out"
+    return None
+
+
 def _uint8_on_old_torch(config: TrainConfig) -> str | None:
     installed = importlib.metadata.version("torch")  # not torch.__version__: importing torch takes seconds
     major, minor = (int(part) for part in installed.split(".")[:2])
@@ -298,6 +316,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),
         Check(("quant_storage",), _uint8_on_old_torch),
+        Check(("overwrite", "resume"), _overwrite_what_is_resumed),
     ),
     PlanConfig: (
         Check(("sharding", "cpu_offload"), _offload_without_shards),

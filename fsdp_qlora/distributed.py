@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import datetime
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fsdp_qlora.errors import FsdpQloraError, TrainingError
+from fsdp_qlora.errors import FsdpQloraError, Interrupted, TrainingError
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -21,6 +24,7 @@ class Ranks:
 
     Attributes:
         mesh: 1-D ("shard") where the base is sharded over all ranks, 2-D ("replicate", "shard") otherwise.
+        is_interrupted: whether this rank was asked to end before training begins.
     """
 
     rank: int
@@ -28,6 +32,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
+    is_interrupted: Callable[[], bool] = lambda: False
 
     @property
     def is_main(self) -> bool:
@@ -143,25 +148,47 @@ def sum_over_ranks(value: int | float) -> float:
     return float(total.item())
 
 
+def from_main(value: T) -> T:
+    """Return what rank 0 passes, on every rank."""
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]
+
+
+def shard_rows(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
+    """Return the rows of a matrix that a shard holds under FSDP's sharding of the first dimension: from, to."""
+    per_shard = -(-num_rows // num_shards)
+    start = min(shard * per_shard, num_rows)
+    return start, min(start + per_shard, num_rows)
+
+
 @contextmanager
 def agree_on_errors(ranks: Ranks, doing: str) -> Iterator[None]:
     """Make an error of any rank inside the `with` block an error of every rank, so that none waits for a dead one.
 
     The block must not contain collectives that a failing rank would skip. The rank that failed raises its own error; the
-    others raise TrainingError with its message.
+    others raise TrainingError with its message. A rank that is to end (Ranks.is_interrupted) ends all of them.
+
+    Raises:
+        Interrupted: on every rank.
     """
     message = ""
     failure: FsdpQloraError | None = None
     try:
         yield
+        if ranks.is_interrupted():
+            raise Interrupted(f"interrupted while {doing}")
     except FsdpQloraError as error:
         failure, message = error, str(error)
-    messages: list[str | None] = [None] * ranks.world_size
-    dist.all_gather_object(messages, message)
-    failed = [(rank, text) for rank, text in enumerate(messages) if text]
+    is_interrupted = isinstance(failure, Interrupted)
+    messages: list[tuple[str, bool]] = [("", False)] * ranks.world_size
+    dist.all_gather_object(messages, (message, is_interrupted))
+    failed = [(rank, text) for rank, (text, _) in enumerate(messages) if text]
     if failure is not None:
         failure.rank_local = ranks.rank == failed[0][0]
         raise failure
     if failed:
         rank, text = failed[0]
+        if messages[rank][1]:
+            raise Interrupted(text)
         raise TrainingError(f"rank {rank} failed while {doing}: {text}")

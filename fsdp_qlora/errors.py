@@ -34,3 +34,9 @@ class CheckpointError(FsdpQloraError):
 
 class TrainingError(FsdpQloraError):
     """A run that must stop: non-finite loss or gradients, a rank that failed."""
+
+
+class Interrupted(FsdpQloraError):
+    """A signal asked the run to end before there was anything to save; no failure."""
+
+    exit_code = 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import functools
+import os
 import time
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,12 @@ import torch.distributed as dist
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
-from fsdp_qlora.adapters import save_adapter
+from fsdp_qlora.adapters import adapter_config, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
+from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, process_group
-from fsdp_qlora.errors import ConfigError, DataError
+from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main, process_group
+from fsdp_qlora.errors import ConfigError, DataError, Interrupted
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
@@ -27,18 +31,52 @@ from fsdp_qlora.plan_choice import Request, budget_of, choose, choose_on_cpu, in
 from fsdp_qlora.planner import Run, model_shape
 from fsdp_qlora.profiling import check_profiling, profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
-from fsdp_qlora.record import describe, prepare_output_dir, write_record
+from fsdp_qlora.record import describe, write_record
+from fsdp_qlora.resume import Checkpoint, check_fit, find_checkpoint, identity_of, restore
+from fsdp_qlora.run_folder import Progress, keep_metrics, start_over, take, write_exit
+from fsdp_qlora.saver import Saver
+from fsdp_qlora.stop import Stop
 from fsdp_qlora.trainer import Trainer
 
 
 def run(config: TrainConfig) -> None:
     """Fine-tune as `config` says; the command line's `train`."""
-    with process_group(config.sharding, config.timeout_s) as ranks:
+    with (
+        Stop(speaks=os.environ.get("RANK", "0") == "0") as stop,
+        process_group(config.sharding, config.timeout_s) as joined,
+        contextlib.ExitStack() as stack,
+    ):
+        ranks = dataclasses.replace(joined, is_interrupted=stop.is_ending_start)
+        finished = False
         with agree_on_errors(ranks, "preparing the output folder"):
             check_profiling(config, ranks.device)
             if ranks.is_main:
-                prepare_output_dir(config)
-        _train(config, ranks)
+                lock, finished = take(config)
+                stack.callback(lock.release)
+        if from_main(finished):
+            _say(ranks, f"{config.output_dir} holds this run, completed: nothing to do (--overwrite starts it over)")
+            return
+        _train_and_report(config, ranks, stop)
+
+
+def _train_and_report(config: TrainConfig, ranks: Ranks, stop: Stop) -> None:
+    """Train, and tell in exit.json how it ended."""
+    progress, output = Progress(), Path(config.output_dir)
+    try:
+        completed = _train(config, ranks, stop, progress)
+    except Interrupted:
+        completed = False
+    except BaseException as error:
+        write_exit(output, "failed", progress, f"rank {ranks.rank}, step {progress.step}: {error or type(error).__name__}")
+        raise
+    if not ranks.is_main:
+        return
+    if completed:
+        write_exit(output, "completed", progress, "all steps are done")
+        return
+    write_exit(output, "preempted", progress, f"{stop.received or 'a signal to another rank'} during {progress.doing}")
+    saved = "nothing was trained yet" if progress.saved_step is None else f"saved at step {progress.saved_step}"
+    print(f"stopped by a signal at step {progress.step}, {saved}; the same command goes on from there", flush=True)
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -46,32 +84,57 @@ def _say(ranks: Ranks, text: str) -> None:
         print(text, flush=True)
 
 
-def _train(config: TrainConfig, ranks: Ranks) -> None:
+def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) -> bool:
+    """Do the whole run; return False if a signal ended it early."""
     torch.manual_seed(config.seed + ranks.rank)
+    output = Path(config.output_dir)
+    say = functools.partial(_say, ranks)
+    found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, say)
     folder = _resolve_model(config, ranks)
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
     tokenizer, train, evaluation = _load_data(config, ranks, folder)
-    built = _load_model(config, ranks, folder, lora, memory)
-    trainer = Trainer(config, ranks, built, train, evaluation)
+    identity = identity_of(config, tokenizer, train)
+    if found is not None:
+        with agree_on_errors(ranks, "comparing the run with its checkpoint"):
+            check_fit(found, config, identity, train, say)
+            progress.step = progress.saved_step = found.manifest.position.step
+    built = _load_model(config, ranks, folder, lora, memory, found)
+    identity["base"] = built.fingerprint
+    trainer = Trainer(config, ranks, built, train, evaluation, found.manifest.position if found else Position())
+    progress.num_steps = trainer.num_steps
+    if found is not None:
+        restore(found, identity, trainer.optimizer, built.root, config, ranks, say)
     _say_arithmetic(config, ranks, trainer)
     record = describe(config, ranks)
     record["base"] = {"folder": folder.name, "fingerprint": built.fingerprint, **dataclasses.asdict(built.quant)}
-    output = Path(config.output_dir)
+    base_name = _base_name(config, folder)
+    contents = {"identity": identity, "config": record["config"], "versions": record["versions"]}
+    saver = Saver(config, ranks, built.root, trainer.optimizer, adapter_config(built.root, lora, base_name), contents, progress)
+    recorded: list[dict[str, Any]] = []
     if ranks.is_main:
+        if found is None:
+            start_over(output)
+        recorded = keep_metrics(output, progress.step)
         write_record(output, record)
+    recorded = from_main(recorded)
+    stop.is_starting, progress.doing = False, "training"
     with (
-        Metrics(config, record, trainer.num_steps, ranks.is_main) as metrics,
+        Metrics(config, record, trainer.num_steps, ranks.is_main, resumed=True) as metrics,
         profiling(config, ranks, trainer.optimizer),
     ):
-        summary = trainer.fit(metrics)
+        summary = trainer.fit(metrics, saver, stop, progress, recorded)
+    if summary is None:
+        return False
     summary["ranks"] = _rank_reports(ranks, built)
-    save_adapter(built.root, lora, _base_name(config, folder), output / "adapter", ranks)
+    summary["checkpoints"] = dataclasses.asdict(saver.report)
+    save_adapter(built.root, lora, base_name, output / "adapter", ranks)
     if ranks.is_main:
         tokenizer.save_pretrained(output / "adapter")
         write_record(output, {**record, "result": summary})
         _say_summary(config, summary, output)
+    return True
 
 
 def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:
@@ -138,7 +201,12 @@ def _check_vocabulary(examples: list[data.Example], vocab_size: int) -> None:
 
 
 def _load_model(
-    config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings, memory: MemorySettings
+    config: TrainConfig,
+    ranks: Ranks,
+    folder: Path,
+    lora: LoraSettings,
+    memory: MemorySettings,
+    checkpoint: Checkpoint | None,
 ) -> BuiltModel:
     quant = _quant_settings(config, ranks)
     started = time.monotonic()
@@ -157,6 +225,7 @@ def _load_model(
         compute_dtype(config.precision, ranks.device),
         memory=memory,
         seed=config.seed,
+        adapter=checkpoint.adapter() if checkpoint else None,
         progress=progress,
         compiled=config.compile == "auto" and ranks.device.type == "cuda",
     )

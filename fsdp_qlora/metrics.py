@@ -30,10 +30,14 @@ class Logger(Protocol):
 
 
 class JsonlLogger:
-    """One JSON object a line, flushed at once."""
+    """One JSON object a line, flushed at once.
 
-    def __init__(self, path: Path) -> None:
-        self._file: TextIO = path.open("w", encoding="utf-8")
+    Args:
+        append: go on with the file of an earlier session.
+    """
+
+    def __init__(self, path: Path, append: bool = False) -> None:
+        self._file: TextIO = path.open("a" if append else "w", encoding="utf-8")
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Append a line."""
@@ -104,15 +108,18 @@ class Metrics:
         settings: what trackers store as the run's configuration.
         num_steps: optimizer steps of the run.
         enabled: whether this is rank 0.
+        resumed: go on with the metrics of an earlier session.
     """
 
-    def __init__(self, config: TrainConfig, settings: dict[str, Any], num_steps: int, enabled: bool) -> None:
+    def __init__(
+        self, config: TrainConfig, settings: dict[str, Any], num_steps: int, enabled: bool, resumed: bool = False
+    ) -> None:
         self._sinks: list[Logger] = []
         self._progress: Progress | None = None
         self.enabled = enabled
         if not enabled:
             return
-        self._sinks.append(JsonlLogger(Path(config.output_dir) / "metrics.jsonl"))
+        self._sinks.append(JsonlLogger(Path(config.output_dir) / "metrics.jsonl", resumed))
         for name in config.log_to.split(",") if config.log_to != "none" else []:
             try:
                 self._sinks.append(LOGGERS[name.strip()](config, settings))

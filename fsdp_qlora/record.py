@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import shlex
 import subprocess
@@ -12,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import __version__
-from fsdp_qlora.adapters import write_file
+from fsdp_qlora.files import write_file
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks
-from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.redact import redact
 from fsdp_qlora.settings import show
 
 PACKAGES = ("torch", "transformers", "bitsandbytes", "safetensors", "huggingface_hub", "datasets")
@@ -30,7 +29,8 @@ def _commit() -> str | None:
     return result.stdout.strip() or None
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
+    """Return the versions of Python, this program and the packages that decide its numbers."""
     found = {"python": platform.python_version(), "fsdp_qlora": __version__}
     for package in PACKAGES:
         try:
@@ -56,28 +56,11 @@ def describe(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "config": to_dict(config),
         "world_size": ranks.world_size,
         "device": ranks.device.type,
-        "versions": _versions(),
+        "versions": versions(),
         "commit": _commit(),
     }
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write run.json."""
-    write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())
-
-
-def prepare_output_dir(config: TrainConfig) -> Path:
-    """Create the output folder; ConfigError if it cannot be written or holds an earlier run."""
-    folder = Path(config.output_dir)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        used = any(folder.iterdir())
-    except OSError as error:
-        raise ConfigError(f"output_dir '{folder}' cannot be used ({error.strerror}); choose another") from error
-    if used and not config.overwrite:
-        raise ConfigError(
-            f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite"
-        )
-    if not os.access(folder, os.W_OK):
-        raise ConfigError(f"output_dir '{folder}' is not writable; choose another")
-    return folder
+    write_file(folder / "run.json", (redact(json.dumps(record, indent=2)) + "\n").encode())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,22 +13,31 @@ import torch.distributed as dist
 
 from fsdp_qlora import data
 from fsdp_qlora.build import BuiltModel
+from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, sum_over_ranks
 from fsdp_qlora.errors import TrainingError
 from fsdp_qlora.loss import IGNORE
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
+from fsdp_qlora.run_folder import Progress
+from fsdp_qlora.saver import Saver
+from fsdp_qlora.stop import Stop
 
 
 @dataclasses.dataclass(frozen=True)
 class StepResult:
-    """What one optimizer step did, over all ranks: mean loss per target token, gradient norm before clipping."""
+    """What one optimizer step did, over all ranks: mean loss per target token, gradient norm before clipping.
+
+    Attributes:
+        votes: sums over the ranks of what each said in `train_step`.
+    """
 
     loss: float
     grad_norm: float
     num_targets: int
     num_tokens: int
+    votes: tuple[float, ...] = ()
 
 
 class Trainer:
@@ -36,17 +46,26 @@ class Trainer:
     Args:
         built: the loaded model.
         train, evaluation: loaders of the two splits; evaluation may be None.
+        start: where to go on.
     """
 
     def __init__(
-        self, config: TrainConfig, ranks: Ranks, built: BuiltModel, train: data.Loader, evaluation: data.Loader | None
+        self,
+        config: TrainConfig,
+        ranks: Ranks,
+        built: BuiltModel,
+        train: data.Loader,
+        evaluation: data.Loader | None,
+        start: Position = Position(),  # noqa: B008 (frozen)
     ) -> None:
         self.config, self.ranks, self.root = config, ranks, built.root
         self.train_loader, self.eval_loader = train, evaluation
         self.optimizer = build_optimizer(built.root, config)
+        self.position = start
         self.num_steps = config.max_steps
         if config.max_steps < 0:
-            self.num_steps = sum(train.num_steps(epoch) for epoch in range(config.num_epochs))
+            left = sum(train.num_steps(epoch) for epoch in range(start.epoch, config.num_epochs))
+            self.num_steps = start.step + left - start.sequences // train.sequences_per_step
 
     def loss(self, batch: data.Batch) -> torch.Tensor:
         """Return the sum of the token losses of a micro-batch, on this rank."""
@@ -57,8 +76,13 @@ class Trainer:
         loss: torch.Tensor = self.root(input_ids, position_ids, cu_seqlens, input_ids.shape[1], positions, ids)["loss"]
         return loss
 
-    def train_step(self, batches: list[data.Batch], step: int) -> StepResult:
+    def train_step(
+        self, batches: list[data.Batch], step: int, votes: Callable[[], Sequence[float]] = tuple
+    ) -> StepResult:
         """Do one optimizer step on this rank's micro-batches.
+
+        Args:
+            votes: asked near the end of the step for numbers to add up over the ranks, in the exchange of the loss.
 
         Raises:
             TrainingError: on every rank and before the update, if loss or gradient norm is not finite on any.
@@ -73,8 +97,9 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         grad_norm = clip_gradients(self.root, self.config.max_grad_norm)
-        dist.all_reduce(total)
-        mean_loss = float(total.item())
+        totals = torch.stack([total, *(total.new_tensor(vote) for vote in votes())])
+        dist.all_reduce(totals)
+        mean_loss, *votes_of_all = totals.tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise TrainingError(
                 f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}; stopped before the update."
@@ -85,7 +110,7 @@ class Trainer:
         self.optimizer.step()
         self.optimizer.zero_grad()
         num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size
-        return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens)
+        return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens, tuple(votes_of_all))
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
@@ -101,42 +126,83 @@ class Trainer:
         loss = sum_over_ranks(float(total.item())) / sum_over_ranks(num_targets)
         return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
 
-    def fit(self, metrics: Metrics) -> dict[str, Any]:
-        """Train to the end, evaluating before, after and every `eval_steps`; return the summary of the run."""
-        first_eval = self._evaluate_and_log(metrics, 0)
-        started, tokens, result, evaluation = time.monotonic(), 0, None, first_eval
-        epoch, index = 0, 0
-        for step in range(self.num_steps):
-            if index == self.train_loader.num_steps(epoch):
-                epoch, index = epoch + 1, 0
+    def fit(
+        self, metrics: Metrics, saver: Saver, stop: Stop, progress: Progress, recorded: list[dict[str, Any]]
+    ) -> dict[str, Any] | None:
+        """Train to the end, evaluating before, after and every `eval_steps`, and saving every `save_steps`.
+
+        Args:
+            progress: kept up to date.
+            recorded: the metrics of earlier sessions of the run.
+
+        Returns:
+            The summary of the run; None if a signal stopped it, after a checkpoint.
+        """
+        evaluations = {record["step"]: record for record in recorded if "eval_loss" in record}
+        loss = next((record["loss"] for record in reversed(recorded) if "loss" in record), None)
+        started, first_step, stopped = time.monotonic(), self.position.step, False
+        self._evaluate_if_due(metrics, evaluations)
+        while self.position.step < self.num_steps and not stopped:
+            step, epoch = self.position.step, self.position.epoch
+            index = self.position.sequences // self.train_loader.sequences_per_step
             step_started = time.monotonic()
-            result = self.train_step(self.train_loader.step(epoch, index), step)
-            index, tokens = index + 1, tokens + result.num_tokens
-            self._log_step(metrics, result, step, epoch, time.monotonic() - step_started, started)
-            is_last = step + 1 == self.num_steps
-            if is_last or (self.config.eval_steps and (step + 1) % self.config.eval_steps == 0):
-                evaluation = self._evaluate_and_log(metrics, step + 1)
-        seconds = time.monotonic() - started
+            result = self.train_step(
+                self.train_loader.step(epoch, index), step, lambda: (saver.is_writing, stop.received is not None)
+            )
+            seconds, loss = time.monotonic() - step_started, result.loss
+            done = (time.monotonic() - started) / (step + 1 - first_step)
+            self._log_step(metrics, result, step, epoch, seconds, done * (self.num_steps - step - 1))
+            self.position = self._after(result.num_tokens, seconds)
+            progress.step = self.position.step
+            num_writing, num_stopping = result.votes
+            stopped = num_stopping > 0
+            saver.poll(num_writing)
+            if stopped or self._is_due(self.config.save_steps):
+                saver.start(self.position)
+            if not stopped:
+                self._evaluate_if_due(metrics, evaluations)
+        saver.finish()
+        return None if stopped else self._summary(evaluations, loss)
+
+    def _after(self, num_tokens: int, seconds: float) -> Position:
+        """Return the position one step further."""
+        here, size = self.position, self.train_loader.sequences_per_step
+        epoch, sequences = here.epoch, here.sequences + size
+        if sequences // size == self.train_loader.num_steps(epoch):
+            epoch, sequences = epoch + 1, 0
+        return Position(here.step + 1, epoch, sequences, here.tokens + num_tokens, here.seconds + seconds)
+
+    def _is_due(self, every: int) -> bool:
+        """Return whether what happens every so many steps (0: only at the end) happens now."""
+        step = self.position.step
+        return step == self.num_steps or (every > 0 and step % every == 0)
+
+    def _evaluate_if_due(self, metrics: Metrics, evaluations: dict[int, dict[str, Any]]) -> None:
+        """Evaluate before the first step, after the last and every `eval_steps`, unless an earlier session has."""
+        step = self.position.step
+        if step in evaluations or not (step == 0 or self._is_due(self.config.eval_steps)):
+            return
+        values = self.evaluate()
+        if values:
+            evaluations[step] = values
+            metrics.log(values, step)
+            metrics.show(f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f}")
+
+    def _summary(self, evaluations: dict[int, dict[str, Any]], loss: float | None) -> dict[str, Any]:
+        tokens, seconds = self.position.tokens, self.position.seconds
         return {
             "steps": self.num_steps,
             "tokens": tokens,
             "seconds": round(seconds, 1),
-            "tokens_per_second": round(tokens / seconds, 1),
-            "train_loss": result.loss if result else None,
-            "eval_loss_before": first_eval.get("eval_loss"),
-            "eval_loss_after": evaluation.get("eval_loss"),
+            "tokens_per_second": round(tokens / seconds, 1) if seconds else None,
+            "train_loss": loss,
+            "eval_loss_before": evaluations.get(0, {}).get("eval_loss"),
+            "eval_loss_after": evaluations.get(self.num_steps, {}).get("eval_loss"),
             "peak_gpu_gib": round(memory_gib(self.ranks.device), 2),
         }
 
-    def _evaluate_and_log(self, metrics: Metrics, step: int) -> dict[str, float]:
-        values = self.evaluate()
-        if values:
-            metrics.log(values, step)
-            metrics.show(f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f}")
-        return values
-
     def _log_step(
-        self, metrics: Metrics, result: StepResult, step: int, epoch: int, seconds: float, started: float
+        self, metrics: Metrics, result: StepResult, step: int, epoch: int, seconds: float, remaining: float
     ) -> None:
         if (step + 1) % self.config.logging_steps and step + 1 != self.num_steps:
             return
@@ -153,7 +219,6 @@ class Trainer:
             "peak_gpu_gib": round(memory_gib(self.ranks.device), 2),
         }
         metrics.log(record, step + 1)
-        remaining = (time.monotonic() - started) / (step + 1) * (self.num_steps - step - 1)
         metrics.progress(record, step + 1, self.num_steps, remaining)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -119,6 +120,13 @@ class Loader:
     def sequences_per_step(self) -> int:
         """Sequences that one optimizer step takes over all ranks."""
         return self.batch_size * self.gradient_accumulation_steps * self.world_size
+
+    def digest(self) -> str:
+        """Return a checksum of the examples and of all that decides their order, the same for every number of ranks."""
+        digest = hashlib.sha256(repr((self.context_length, self.packing, self.seed, self.shuffle)).encode())
+        for array in (self._lengths, self._input_ids, self._targets):
+            digest.update(array.data)
+        return digest.hexdigest()[:16]
 
     def num_steps(self, epoch: int) -> int:
         """Return the optimizer steps of an epoch; with packing it can differ a little between epochs."""

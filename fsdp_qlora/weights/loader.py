@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from fsdp_qlora.distributed import Ranks, agree_on_errors
+from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
@@ -139,10 +139,8 @@ class Loader:
         setattr(module, name, self._filled[id(parameter)])
 
     def _rows(self, num_rows: int) -> tuple[int, int]:
-        """Return the rows of this rank under FSDP's sharding of the first dimension."""
-        per_rank = -(-num_rows // self.ranks.num_shards)
-        start = min(self.ranks.shard * per_rank, num_rows)
-        return start, min(start + per_rank, num_rows)
+        """Return the rows of this rank."""
+        return shard_rows(num_rows, self.ranks.shard, self.ranks.num_shards)
 
     def _load_rows(self, name: str, num_rows: int, target: Tensor) -> None:
         start, stop = self._rows(num_rows)

@@ -1,0 +1,273 @@
+"""Going on from a checkpoint: which one, whether it belongs to this run, and its state back into the optimizer."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import random
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora import data
+from fsdp_qlora.adapters import read_adapter
+from fsdp_qlora.checkpoint import FOLDER, Manifest, checkpoint_folders, read_manifest, step_of, verify
+from fsdp_qlora.config import TrainConfig, to_dict
+from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, shard_rows
+from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.parallel import LossModel
+from fsdp_qlora.quant.adapt import lora_linears
+from fsdp_qlora.settings import show
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""AdamW's state of a matrix, besides the number of its steps."""
+
+FIXED = ("lora_rank", "lora_alpha", "lora_target_modules", "context_length", "packing", "train_on", "seed")
+"""Settings that cannot change in the middle of a run: its matrices or its samples would be others."""
+
+FREE = ("model", "dataset", "output_dir", "overwrite", "resume", "debug", "log_to", "run_name", "logging_steps")
+"""Settings whose change is not worth a word; that base and data are the same is checked by their contents."""
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A verified checkpoint to go on from."""
+
+    folder: Path
+    manifest: Manifest
+
+    def adapter(self) -> dict[str, Tensor]:
+        """Return the LoRA matrices, as the loader of weights takes them."""
+        return read_adapter(self.folder / "adapter")[1]
+
+
+def rank_file(rank: int) -> str:
+    """Return the name of a rank's own file in a checkpoint."""
+    return f"rank-{rank:05d}.safetensors"
+
+
+def trainable(root: LossModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield name and parameter of every LoRA matrix, in the same order on every rank."""
+    for linear in lora_linears(root):
+        for part in ("lora_A", "lora_B"):
+            parameter = getattr(linear, part)
+            if parameter is not None:
+                yield f"{linear.name}.{part}", parameter
+
+
+def local(value: Tensor) -> Tensor:
+    """Return this rank's rows of a sharded tensor."""
+    return value.to_local() if isinstance(value, DTensor) else value
+
+
+def identity_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, train: data.Loader) -> dict[str, Any]:
+    """Return what must be the same before and after a resume, except for the base, which is added once it is loaded."""
+    words = [sorted(tokenizer.get_vocab().items()), tokenizer.special_tokens_map, tokenizer.chat_template]
+    tokenizer_hash = hashlib.sha256(json.dumps(words, default=str).encode()).hexdigest()[:16]
+    settings = to_dict(config)
+    return {**{name: settings[name] for name in FIXED}, "tokenizer": tokenizer_hash, "data": train.digest()}
+
+
+def check_identity(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise CheckpointError with both values of everything in `now` that was not so when the checkpoint was written."""
+    changed = [
+        f"{name} is {show(value)} and was {show(then.get(name))}"
+        for name, value in now.items()
+        if value != then.get(name)
+    ]
+    if changed:
+        raise CheckpointError(
+            f"{folder}: belongs to another run: {'; '.join(changed)}; set it back, or start afresh in another --output_dir"
+        )
+
+
+def changed_settings(config: TrainConfig, manifest: Manifest) -> list[str]:
+    """Return lines on the settings that differ from the checkpoint's and may."""
+    now = to_dict(config)
+    return [
+        f"{name} {show(manifest.config[name])} -> {show(value)}"
+        for name, value in now.items()
+        if name not in FREE and name in manifest.config and manifest.config[name] != value
+    ]
+
+
+def find_checkpoint(resume: str, output: Path, ranks: Ranks, say: Say) -> Checkpoint | None:
+    """Return the checkpoint to go on from, all its files verified; None to start from the beginning.
+
+    Args:
+        resume: 'auto' (the newest intact one of the output folder), 'none', or the path of a checkpoint or a run folder.
+        say: shows a warning.
+
+    Raises:
+        CheckpointError: there are checkpoints, and none is intact; or the one asked for is not.
+        ConfigError: a path that leads to no checkpoint, or to one that is not the newest of the output folder.
+    """
+    if resume == "none":
+        return None
+    wanted = output if resume == "auto" else Path(resume)
+    with agree_on_errors(ranks, "looking for checkpoints"):
+        named = step_of(wanted) is not None and not (wanted / FOLDER).exists()
+        folders = [wanted] if named else checkpoint_folders(wanted)
+        if resume != "auto" and not (wanted.is_dir() and folders):
+            raise ConfigError(f"--resume={resume}: holds no checkpoint; name a step-<number> folder or a run's folder")
+        newer = [path for path in checkpoint_folders(output) if named and (step_of(path) or 0) > (step_of(wanted) or 0)]
+        if newer and wanted.resolve().parent.parent == output.resolve():
+            raise ConfigError(
+                f"--resume={resume}: {output} holds later checkpoints ({newer[0].name}); delete them, or choose another"
+                " --output_dir"
+            )
+    problem: str | None = None
+    for folder in from_main(folders):
+        manifest, problem = _checked(folder, ranks)
+        if manifest is not None:
+            say(f"going on from {folder}")
+            return Checkpoint(folder, manifest)
+        say(f"warning: a checkpoint is passed over: {problem}")
+    if problem is not None:
+        raise CheckpointError(
+            f"{problem}; {'it is the one asked for' if named else 'no older checkpoint is intact either'}."
+            " Restore a copy of it, or start afresh with --overwrite or in another --output_dir"
+        )
+    return None
+
+
+def _checked(folder: Path, ranks: Ranks) -> tuple[Manifest | None, str | None]:
+    """Read a manifest and verify the files, shared out among the ranks; the problem is the same on all of them."""
+    manifest, problem = None, None
+    try:
+        manifest = read_manifest(folder)
+        verify(folder, manifest, ranks.rank, ranks.world_size)
+    except CheckpointError as error:
+        problem = str(error)
+    problems: list[str | None] = [None] * ranks.world_size
+    dist.all_gather_object(problems, problem)
+    first = next((text for text in problems if text is not None), None)
+    return (manifest if first is None else None), first
+
+
+def check_fit(
+    checkpoint: Checkpoint, config: TrainConfig, identity: dict[str, Any], train: data.Loader, say: Say
+) -> None:
+    """Check that the run can go on from the checkpoint, as far as can be told before the base is loaded.
+
+    Raises:
+        CheckpointError: it belongs to another run.
+        ConfigError: a step would begin in the middle of one that was already done.
+    """
+    check_identity(checkpoint.folder, checkpoint.manifest.identity, identity)
+    done, size = checkpoint.manifest.position.sequences, train.sequences_per_step
+    if done % size:
+        fitting = ", ".join(str(number) for number in range(1, done + 1) if done % number == 0)
+        raise ConfigError(
+            f"{checkpoint.folder}: {done} sequences of the epoch are done, which is no multiple of batch_size"
+            f" {config.batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} x {train.world_size}"
+            f" ranks = {size}; choose them so that their product is one of {fitting}"
+        )
+    changed = changed_settings(config, checkpoint.manifest)
+    if changed:
+        say(f"settings changed since the checkpoint: {', '.join(changed)}")
+
+
+def restore(
+    checkpoint: Checkpoint,
+    identity: dict[str, Any],
+    optimizer: torch.optim.AdamW,
+    root: LossModel,
+    config: TrainConfig,
+    ranks: Ranks,
+    say: Say,
+) -> None:
+    """Put the checkpoint's optimizer state and random numbers in place; the LoRA matrices were loaded with the model.
+
+    Raises:
+        CheckpointError, on every rank: it is of another base, or holds other matrices.
+    """
+    with agree_on_errors(ranks, "restoring the checkpoint"):
+        check_identity(checkpoint.folder, checkpoint.manifest.identity, identity)
+        restore_optimizer(optimizer, root, checkpoint, ranks)
+        restore_random_state(checkpoint, config, ranks, say)
+
+
+def restore_optimizer(optimizer: torch.optim.AdamW, root: LossModel, checkpoint: Checkpoint, ranks: Ranks) -> None:
+    """Fill AdamW's state with the rows of this rank, from the files of however many ranks there were.
+
+    Raises:
+        CheckpointError: the files hold other matrices.
+    """
+    folder, manifest = checkpoint.folder, checkpoint.manifest
+    with contextlib.ExitStack() as stack:
+        files: dict[int, Any] = {}
+
+        def rows(shard: int, name: str, start: int, stop: int) -> Tensor:
+            if shard not in files:
+                files[shard] = stack.enter_context(safe_open(folder / rank_file(shard), framework="pt"))
+            rows: Tensor = files[shard].get_slice(name)[start:stop]
+            return rows
+
+        for name, parameter in trainable(root):
+            state: dict[str, Tensor] = {"step": torch.tensor(float(manifest.position.step))}
+            for moment in MOMENTS:
+                state[moment] = torch.zeros_like(parameter)
+                try:
+                    _fill(local(state[moment]), f"{name}.{moment}", parameter.shape, manifest.num_shards, ranks, rows)
+                except (SafetensorError, OSError, RuntimeError) as error:
+                    raise CheckpointError(f"{folder}: does not hold '{name}.{moment}' as this run needs it") from error
+            optimizer.state[parameter] = state
+
+
+def _fill(
+    target: Tensor,
+    name: str,
+    shape: torch.Size,
+    num_shards: int,
+    ranks: Ranks,
+    rows: Callable[[int, str, int, int], Tensor],
+) -> None:
+    """Copy this rank's rows of a matrix together from the shards that hold them."""
+    first, last = shard_rows(shape[0], ranks.shard, ranks.num_shards)
+    for shard in range(num_shards):
+        begin, end = shard_rows(shape[0], shard, num_shards)
+        start, stop = max(first, begin), min(last, end)
+        if start < stop:
+            target[start - first : stop - first].copy_(rows(shard, name, start - begin, stop - begin))
+
+
+def random_state(device: torch.device) -> tuple[dict[str, Tensor], str]:
+    """Return the states of torch's random generators, and Python's as text."""
+    states = {"random.cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["random.cuda"] = torch.cuda.get_rng_state(device)
+    return states, json.dumps(random.getstate())
+
+
+def restore_random_state(checkpoint: Checkpoint, config: TrainConfig, ranks: Ranks, say: Say) -> None:
+    """Continue this rank's random numbers; with another number of ranks, or on another device, start new ones."""
+    folder, manifest = checkpoint.folder, checkpoint.manifest
+    with safe_open(folder / rank_file(min(ranks.rank, manifest.world_size - 1)), framework="pt") as file:
+        names, text = set(file.keys()), file.metadata()["python_random"]
+        if manifest.world_size != ranks.world_size or ("random.cuda" in names) != (ranks.device.type == "cuda"):
+            seed = zlib.crc32(f"{config.seed} {manifest.position.step} {ranks.rank}".encode())
+            torch.manual_seed(seed)
+            random.seed(seed)
+            say(
+                f"warning: the checkpoint is of {manifest.world_size} ranks and the run has {ranks.world_size} on"
+                f" {ranks.device.type}: random numbers (dropout) start anew from the seed"
+            )
+            return
+        torch.set_rng_state(file.get_tensor("random.cpu"))
+        if ranks.device.type == "cuda":
+            torch.cuda.set_rng_state(file.get_tensor("random.cuda"), ranks.device)
+    version, internal, gauss = json.loads(text)
+    random.setstate((version, tuple(internal), gauss))

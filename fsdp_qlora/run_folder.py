@@ -1,0 +1,151 @@
+"""The folder of a run: who may use it, what an earlier run left in it, and exit.json for schedulers."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from filelock import FileLock, Timeout
+
+from fsdp_qlora.checkpoint import FOLDER, checkpoint_folders, remove_leftovers
+from fsdp_qlora.config import TrainConfig, to_dict
+from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.files import write_file
+from fsdp_qlora.redact import redact
+
+Status = Literal["completed", "preempted", "failed"]
+
+LOCK, METRICS, RECORD, EXIT, ADAPTER = ".lock", "metrics.jsonl", "run.json", "exit.json", "adapter"
+_NAMES = re.compile(
+    r"(metrics\.jsonl|run\.json|exit\.json)(\.partial)?|checkpoints|wandb|tensorboard"
+    r"|profile-rank-\d+\.json\.gz|memory-rank-\d+\.pickle"
+)
+"""What a run leaves that ended before its first checkpoint: nothing is lost if the next one starts over."""
+
+
+
+@dataclass
+class Progress:
+    """How far the run is, for exit.json and error messages.
+
+    Attributes:
+        step, num_steps: optimizer steps done, and in all (None: not known yet).
+        saved_step: step of the newest checkpoint (None: there is none).
+        doing: what the run is at.
+    """
+
+    step: int = 0
+    num_steps: int | None = None
+    saved_step: int | None = None
+    doing: str = "start-up"
+
+
+def take(config: TrainConfig) -> tuple[FileLock, bool]:
+    """Create the output folder, or take over an earlier run's as --resume and --overwrite say.
+
+    Returns:
+        The lock that keeps other processes out until it is released or this process ends; and whether the folder holds a
+        completed run of the same settings, so that there is nothing to do.
+
+    Raises:
+        ConfigError: it cannot be written, is used by a running process, or holds what this run must not touch.
+    """
+    folder = Path(config.output_dir)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        entries = {entry.name for entry in folder.iterdir()} - {LOCK}
+    except OSError as error:
+        raise ConfigError(f"output_dir '{folder}' cannot be used ({error.strerror}); choose another") from error
+    if not os.access(folder, os.W_OK):
+        raise ConfigError(f"output_dir '{folder}' is not writable; choose another")
+    for name in sorted(entries):
+        if (folder / name).is_symlink() and (name == ADAPTER or _NAMES.fullmatch(name)):
+            raise ConfigError(f"output_dir '{folder}': {name} is a symbolic link; a run's files stay inside its folder")
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise ConfigError(f"output_dir '{folder}' is in use by a running process; choose another, or stop it") from error
+    try:
+        finished = _check(config, folder, entries)
+        if not finished:
+            _clear(folder)
+    except ConfigError:
+        lock.release()
+        raise
+    return lock, finished
+
+
+def _check(config: TrainConfig, folder: Path, entries: set[str]) -> bool:
+    """Return whether the folder holds a completed run of these settings; ConfigError if it must not be used."""
+    if config.overwrite or not entries:
+        return False
+    if config.resume != "none" and checkpoint_folders(folder):
+        goes_on = config.resume == "auto" or Path(config.resume).resolve().is_relative_to(folder.resolve())
+        if goes_on:
+            return config.resume == "auto" and _is_completed(config, folder)
+    elif config.resume == "auto" and all(_NAMES.fullmatch(name) for name in entries):
+        return False
+    raise ConfigError(
+        f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite"
+    )
+
+
+def _is_completed(config: TrainConfig, folder: Path) -> bool:
+    try:
+        status = json.loads((folder / EXIT).read_text())["status"]
+        before = json.loads((folder / RECORD).read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    now = {name: value for name, value in to_dict(config).items() if name not in ("resume", "debug")}
+    return status == "completed" and (folder / ADAPTER).is_dir() and now.items() <= before.items()
+
+
+def _clear(folder: Path) -> None:
+    """Delete what must not be taken for this run's: the last exit.json and half-written checkpoints."""
+    try:
+        (folder / EXIT).unlink(missing_ok=True)
+        remove_leftovers(folder)
+    except OSError as error:
+        raise ConfigError(f"output_dir '{folder}': {error.filename} cannot be deleted ({error.strerror})") from error
+
+
+def start_over(folder: Path) -> None:
+    """Delete an earlier run's checkpoints and adapter, now that a new run is about to train its first step."""
+    for path in [*checkpoint_folders(folder), folder / ADAPTER]:
+        if path.exists():
+            shutil.rmtree(path)
+
+
+def keep_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
+    """Drop the lines of metrics.jsonl after a step, which will be trained again; return the others."""
+    path = folder / METRICS
+    kept = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else []:
+        try:
+            record = json.loads(line)
+        except ValueError:  # the last line of a killed process may be cut short
+            continue
+        if record["step"] <= step:
+            kept.append(record)
+    write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
+    return kept
+
+
+def write_exit(folder: Path, status: Status, progress: Progress, reason: str) -> None:
+    """Write exit.json, which tells schedulers how the run ended, unless a rank of this run already has."""
+    path = folder / EXIT
+    content = {
+        "status": status,
+        "step": progress.step,
+        "num_steps": progress.num_steps,
+        "saved_step": progress.saved_step,
+        "reason": redact(reason),
+    }
+    if not path.exists():
+        write_file(path, (json.dumps(content) + "\n").encode())
