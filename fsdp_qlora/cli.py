@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -15,7 +14,7 @@ import fire
 from fire.decorators import SetParseFn
 
 from fsdp_qlora import __version__, config
-from fsdp_qlora.errors import ConfigError, FsdpQloraError
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, report
 from fsdp_qlora.settings import Setting, describe, show, suggest
 
 
@@ -74,9 +73,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         _dispatch(arguments)
     except FsdpQloraError as error:
-        # Errors that all ranks share are printed once; those of one rank are printed by that rank.
-        if os.environ.get("RANK", "0") == "0" or error.rank_local:
-            print("\n".join(f"error: {line}" for line in str(error).splitlines()), file=sys.stderr)
+        report(error)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
@@ -128,9 +125,8 @@ def _run(command: Command, overrides: dict[str, str], config_file: str | None, p
         raise ConfigError("\n".join(problems))
     try:
         importlib.import_module(command.module).run(settings)
-    except FsdpQloraError:
-        if getattr(settings, "debug", False):
-            traceback.print_exc()
+    except FsdpQloraError as error:
+        report(error, debug=getattr(settings, "debug", False))
         raise
 
 

@@ -127,7 +127,7 @@ class TrainConfig(DataSettings):
     """Write metrics every N optimizer steps."""
 
     output_dir: str = "runs/default"
-    """Folder for adapter, checkpoints, metrics.jsonl, run.json and exit.json; a run found in it is gone on with (--resume)."""
+    """Folder for adapter, checkpoints, metrics.jsonl, run.json and exit.json; for a run already in it see --resume."""
 
     overwrite: bool = False
     """Start over in an --output_dir that holds an earlier run, and delete its results and checkpoints."""

@@ -1,5 +1,13 @@
 """The errors a user can meet. Each message names the value, the rule and the remedy in one line."""
 
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+
+from fsdp_qlora.redact import redact
+
 
 class FsdpQloraError(Exception):
     """Base of every error this package raises for users, files and data; the command line prints it without a traceback."""
@@ -8,6 +16,9 @@ class FsdpQloraError(Exception):
 
     rank_local: bool = False
     """Set where only this rank saw the error, so that the command line prints it although it is not rank 0."""
+
+    is_reported: bool = False
+    """Set where it was already printed."""
 
 
 class ConfigError(FsdpQloraError):
@@ -40,3 +51,16 @@ class Interrupted(FsdpQloraError):
     """A signal asked the run to end before there was anything to save; no failure."""
 
     exit_code = 0
+
+
+def report(error: FsdpQloraError, debug: bool = False) -> None:
+    """Print an error, unless it was printed: one that all ranks share on rank 0, one of a single rank there.
+
+    Args:
+        debug: with its traceback.
+    """
+    if not error.is_reported and (os.environ.get("RANK", "0") == "0" or error.rank_local):
+        trace = "".join(traceback.format_exception(error)) if debug else ""
+        lines = "\n".join(f"error: {line}" for line in str(error).splitlines())
+        print(redact(trace + lines), file=sys.stderr, flush=True)
+    error.is_reported = True

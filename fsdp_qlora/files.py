@@ -58,13 +58,14 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
     header: dict[str, object] = {"__metadata__": dict(metadata)}
     position = 0
     for name, tensor in tensors.items():
-        assert tensor.device.type == "cpu" and tensor.is_contiguous(), name
+        assert tensor.device.type == "cpu", name
+        assert tensor.is_contiguous(), name
         end = position + tensor.numel() * tensor.itemsize
         header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [position, end]}
         position = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    contents = (memoryview(tensor.flatten().numpy()) for tensor in tensors.values() if tensor.numel())
+    contents = (tensor.flatten().numpy().data for tensor in tensors.values() if tensor.numel())
     return write_new(path, [len(text).to_bytes(8, "little"), text, *contents])
 
 

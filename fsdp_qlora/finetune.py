@@ -6,7 +6,10 @@ import contextlib
 import dataclasses
 import functools
 import os
+import random
+import sys
 import time
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +23,7 @@ from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_wei
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main, process_group
-from fsdp_qlora.errors import ConfigError, DataError, Interrupted
+from fsdp_qlora.errors import ConfigError, DataError, FsdpQloraError, Interrupted, TrainingError, report
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
@@ -32,8 +35,9 @@ from fsdp_qlora.planner import Run, model_shape
 from fsdp_qlora.profiling import check_profiling, profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
+from fsdp_qlora.redact import redact
 from fsdp_qlora.resume import Checkpoint, check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import Progress, keep_metrics, start_over, take, write_exit
+from fsdp_qlora.run_folder import Progress, Status, keep_metrics, start_over, take, write_exit
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.stop import Stop
 from fsdp_qlora.trainer import Trainer
@@ -47,36 +51,64 @@ def run(config: TrainConfig) -> None:
         contextlib.ExitStack() as stack,
     ):
         ranks = dataclasses.replace(joined, is_interrupted=stop.is_ending_start)
-        finished = False
-        with agree_on_errors(ranks, "preparing the output folder"):
-            check_profiling(config, ranks.device)
-            if ranks.is_main:
-                lock, finished = take(config)
-                stack.callback(lock.release)
-        if from_main(finished):
-            _say(ranks, f"{config.output_dir} holds this run, completed: nothing to do (--overwrite starts it over)")
-            return
-        _train_and_report(config, ranks, stop)
+        try:
+            finished = _take_folder(config, ranks, stack)
+            if not finished:
+                _train_and_tell(config, ranks, stop)
+        except FsdpQloraError as error:
+            # here, where a launcher's SIGTERM after the first rank's end is still held off
+            report(error, config.debug)
+            raise
 
 
-def _train_and_report(config: TrainConfig, ranks: Ranks, stop: Stop) -> None:
+def _take_folder(config: TrainConfig, ranks: Ranks, stack: contextlib.ExitStack) -> bool:
+    """Reserve the output folder until the stack unwinds; return whether there is nothing to do."""
+    finished = False
+    with agree_on_errors(ranks, "preparing the output folder"):
+        check_profiling(config, ranks.device)
+        if ranks.is_main:
+            lock, finished = take(config)
+            stack.callback(lock.release)
+    if finished:
+        print(f"{config.output_dir} holds this run, completed: nothing to do (--overwrite starts it over)", flush=True)
+    return from_main(finished)
+
+
+def _train_and_tell(config: TrainConfig, ranks: Ranks, stop: Stop) -> None:
     """Train, and tell in exit.json how it ended."""
     progress, output = Progress(), Path(config.output_dir)
     try:
         completed = _train(config, ranks, stop, progress)
     except Interrupted:
         completed = False
-    except BaseException as error:
-        write_exit(output, "failed", progress, f"rank {ranks.rank}, step {progress.step}: {error or type(error).__name__}")
+    except FsdpQloraError as error:
+        _write_exit(output, "failed", progress, str(error))
         raise
+    except Exception as error:  # whatever libraries raise; the first rank to fail says so, the others only follow
+        reason = f"rank {ranks.rank} failed at step {progress.step} ({progress.doing}): {type(error).__name__}: {error}"
+        failure = TrainingError(reason)
+        failure.rank_local = _write_exit(output, "failed", progress, reason)
+        failure.is_reported = not failure.rank_local
+        if failure.rank_local:
+            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
+        raise failure from error
     if not ranks.is_main:
         return
     if completed:
-        write_exit(output, "completed", progress, "all steps are done")
+        _write_exit(output, "completed", progress, "all steps are done")
         return
-    write_exit(output, "preempted", progress, f"{stop.received or 'a signal to another rank'} during {progress.doing}")
+    _write_exit(output, "preempted", progress, f"{stop.received or 'a signal to another rank'} during {progress.doing}")
     saved = "nothing was trained yet" if progress.saved_step is None else f"saved at step {progress.saved_step}"
     print(f"stopped by a signal at step {progress.step}, {saved}; the same command goes on from there", flush=True)
+
+
+def _write_exit(output: Path, status: Status, progress: Progress, reason: str) -> bool:
+    """Write exit.json as well as the disk allows; return whether this rank is the first to tell."""
+    try:
+        return write_exit(output, status, progress, reason)
+    except OSError as error:
+        print(f"warning: exit.json cannot be written ({error.strerror})", file=sys.stderr, flush=True)
+        return True
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -87,6 +119,7 @@ def _say(ranks: Ranks, text: str) -> None:
 def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) -> bool:
     """Do the whole run; return False if a signal ended it early."""
     torch.manual_seed(config.seed + ranks.rank)
+    random.seed(config.seed + ranks.rank)
     output = Path(config.output_dir)
     say = functools.partial(_say, ranks)
     found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, say)
@@ -109,19 +142,20 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
     _say_arithmetic(config, ranks, trainer)
     record = describe(config, ranks)
     record["base"] = {"folder": folder.name, "fingerprint": built.fingerprint, **dataclasses.asdict(built.quant)}
-    base_name = _base_name(config, folder)
+    peft_config = adapter_config(built.root, lora, _base_name(config, folder))
     contents = {"identity": identity, "config": record["config"], "versions": record["versions"]}
-    saver = Saver(config, ranks, built.root, trainer.optimizer, adapter_config(built.root, lora, base_name), contents, progress)
+    saver = Saver(config, ranks, built.root, trainer.optimizer, peft_config, contents, progress)
     recorded: list[dict[str, Any]] = []
     if ranks.is_main:
         if found is None:
             start_over(output)
-        recorded = keep_metrics(output, progress.step)
+        else:
+            recorded = keep_metrics(output, progress.step)
         write_record(output, record)
     recorded = from_main(recorded)
     stop.is_starting, progress.doing = False, "training"
     with (
-        Metrics(config, record, trainer.num_steps, ranks.is_main, resumed=True) as metrics,
+        Metrics(config, record, trainer.num_steps, ranks.is_main, resumed=found is not None) as metrics,
         profiling(config, ranks, trainer.optimizer),
     ):
         summary = trainer.fit(metrics, saver, stop, progress, recorded)
@@ -129,7 +163,7 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
         return False
     summary["ranks"] = _rank_reports(ranks, built)
     summary["checkpoints"] = dataclasses.asdict(saver.report)
-    save_adapter(built.root, lora, base_name, output / "adapter", ranks)
+    save_adapter(built.root, lora, _base_name(config, folder), output / "adapter", ranks)
     if ranks.is_main:
         tokenizer.save_pretrained(output / "adapter")
         write_record(output, {**record, "result": summary})

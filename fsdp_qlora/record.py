@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import __version__
-from fsdp_qlora.files import write_file
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.files import write_file
 from fsdp_qlora.redact import redact
 from fsdp_qlora.settings import show
 
@@ -50,8 +50,8 @@ def command(config: TrainConfig, ranks: Ranks) -> str:
 
 
 def describe(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
-    """Return the record of a run before it starts."""
-    return {
+    """Return the record of a run before it starts, without secrets."""
+    record = {
         "command": command(config, ranks),
         "config": to_dict(config),
         "world_size": ranks.world_size,
@@ -59,8 +59,10 @@ def describe(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
         "versions": versions(),
         "commit": _commit(),
     }
+    redacted: dict[str, Any] = json.loads(redact(json.dumps(record)))
+    return redacted
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:
     """Write run.json."""
-    write_file(folder / "run.json", (redact(json.dumps(record, indent=2)) + "\n").encode())
+    write_file(folder / "run.json", (json.dumps(record, indent=2) + "\n").encode())

@@ -6,27 +6,27 @@ import json
 import os
 import re
 import shutil
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
-from fsdp_qlora.checkpoint import FOLDER, checkpoint_folders, remove_leftovers
+from fsdp_qlora.checkpoint import checkpoint_folders, remove_leftovers
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.files import write_file
+from fsdp_qlora.files import fsync_folder, write_file, write_new
 from fsdp_qlora.redact import redact
 
 Status = Literal["completed", "preempted", "failed"]
 
 LOCK, METRICS, RECORD, EXIT, ADAPTER = ".lock", "metrics.jsonl", "run.json", "exit.json", "adapter"
 _NAMES = re.compile(
-    r"(metrics\.jsonl|run\.json|exit\.json)(\.partial)?|checkpoints|wandb|tensorboard"
+    r"(metrics\.jsonl|run\.json)(\.partial)?|exit\.json(\.\w+\.partial)?|checkpoints|wandb|tensorboard"
     r"|profile-rank-\d+\.json\.gz|memory-rank-\d+\.pickle"
 )
 """What a run leaves that ended before its first checkpoint: nothing is lost if the next one starts over."""
-
 
 
 @dataclass
@@ -70,7 +70,9 @@ def take(config: TrainConfig) -> tuple[FileLock, bool]:
     try:
         lock.acquire(timeout=0)
     except Timeout as error:
-        raise ConfigError(f"output_dir '{folder}' is in use by a running process; choose another, or stop it") from error
+        raise ConfigError(
+            f"output_dir '{folder}' is in use by a running process; choose another, or stop it"
+        ) from error
     try:
         finished = _check(config, folder, entries)
         if not finished:
@@ -91,9 +93,7 @@ def _check(config: TrainConfig, folder: Path, entries: set[str]) -> bool:
             return config.resume == "auto" and _is_completed(config, folder)
     elif config.resume == "auto" and all(_NAMES.fullmatch(name) for name in entries):
         return False
-    raise ConfigError(
-        f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite"
-    )
+    raise ConfigError(f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite")
 
 
 def _is_completed(config: TrainConfig, folder: Path) -> bool:
@@ -102,14 +102,15 @@ def _is_completed(config: TrainConfig, folder: Path) -> bool:
         before = json.loads((folder / RECORD).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    now = {name: value for name, value in to_dict(config).items() if name not in ("resume", "debug")}
+    now = {name: value for name, value in to_dict(config).items() if name not in ("resume", "overwrite", "debug")}
     return status == "completed" and (folder / ADAPTER).is_dir() and now.items() <= before.items()
 
 
 def _clear(folder: Path) -> None:
     """Delete what must not be taken for this run's: the last exit.json and half-written checkpoints."""
     try:
-        (folder / EXIT).unlink(missing_ok=True)
+        for path in folder.glob(f"{EXIT}*"):
+            path.unlink()
         remove_leftovers(folder)
     except OSError as error:
         raise ConfigError(f"output_dir '{folder}': {error.filename} cannot be deleted ({error.strerror})") from error
@@ -137,9 +138,8 @@ def keep_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
     return kept
 
 
-def write_exit(folder: Path, status: Status, progress: Progress, reason: str) -> None:
-    """Write exit.json, which tells schedulers how the run ended, unless a rank of this run already has."""
-    path = folder / EXIT
+def write_exit(folder: Path, status: Status, progress: Progress, reason: str) -> bool:
+    """Write exit.json, which tells schedulers how the run ended; return False if another rank of this run already has."""
     content = {
         "status": status,
         "step": progress.step,
@@ -147,5 +147,13 @@ def write_exit(folder: Path, status: Status, progress: Progress, reason: str) ->
         "saved_step": progress.saved_step,
         "reason": redact(reason),
     }
-    if not path.exists():
-        write_file(path, (json.dumps(content) + "\n").encode())
+    partial = folder / f"{EXIT}.{uuid.uuid4().hex}.partial"
+    write_new(partial, [(json.dumps(content) + "\n").encode()])
+    try:
+        os.link(partial, folder / EXIT)  # unlike a rename, fails where the file exists
+    except FileExistsError:
+        return False
+    finally:
+        partial.unlink()
+    fsync_folder(folder)
+    return True

@@ -24,8 +24,8 @@ from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError
 from fsdp_qlora.files import FileRecord, fsync_folder, record_of, write_tensors
 from fsdp_qlora.parallel import LossModel
-from fsdp_qlora.run_folder import Progress
 from fsdp_qlora.resume import MOMENTS, local, random_state, rank_file, trainable
+from fsdp_qlora.run_folder import Progress
 
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the value and AdamW's two moments, all float32."""

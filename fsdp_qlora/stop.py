@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: the first one is noted and the run saves and ends by itself, a later one ends it at once."""
+"""Signals that ask a run to end: after the first one the run saves and ends by itself, a later one ends it at once."""
 
 from __future__ import annotations
 
@@ -68,6 +68,8 @@ class Stop:
                 if self.received is None:
                     self.received, first = name, now
                     if self._speaks:
-                        print(f"{name}: the run saves and ends; send it again to end at once", file=sys.stderr, flush=True)
+                        print(
+                            f"{name}: the run saves and ends; send it again to end at once", file=sys.stderr, flush=True
+                        )
                 elif now - first > REPEAT_S:
                     os._exit(128 + number)

@@ -96,7 +96,9 @@ def test_a_run_ends_well_and_says_what_it_did(runs: Runs, num_ranks: int, base: 
     assert record["config"]["lora_rank"] == 8
     assert record["base"]["folder"] == base.name
     assert record["result"]["steps"] == 8
-    assert {path.name for path in run.folder.iterdir()} == {"adapter", "metrics.jsonl", "run.json"}
+    files = {".lock", "adapter", "checkpoints", "exit.json", "metrics.jsonl", "run.json"}
+    assert {path.name for path in run.folder.iterdir()} == files
+    assert [path.name for path in (run.folder / "checkpoints").iterdir()] == ["step-000008"]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2])

@@ -16,8 +16,7 @@ from fsdp_qlora import config as config_module
 from fsdp_qlora.cli import COMMANDS, _flags
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks, process_group
-from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.record import command, describe, prepare_output_dir, write_record
+from fsdp_qlora.record import command, describe, write_record
 
 
 @pytest.fixture(scope="module")
@@ -80,30 +79,3 @@ def test_a_record_is_replaced_whole_and_follows_the_umask(tmp_path: Path) -> Non
     assert json.loads((tmp_path / "run.json").read_text()) == {"a": 2}
     assert [path.name for path in tmp_path.iterdir()] == ["run.json"]
     assert (tmp_path / "run.json").stat().st_mode & 0o777 == 0o640
-
-
-def test_output_folder_is_made(tmp_path: Path) -> None:
-    folder = tmp_path / "a" / "b"
-    assert prepare_output_dir(TrainConfig(output_dir=str(folder))) == folder
-    assert prepare_output_dir(TrainConfig(output_dir=str(folder))) == folder, "an empty one may be there"
-
-
-def test_an_earlier_run_is_not_overwritten_unasked(tmp_path: Path) -> None:
-    (tmp_path / "run.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is not empty; choose another, or replace its results with --overwrite"):
-        prepare_output_dir(TrainConfig(output_dir=str(tmp_path)))
-    prepare_output_dir(TrainConfig(output_dir=str(tmp_path), overwrite=True))
-
-
-def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "a").write_text("")
-    for folder in (tmp_path / "a", tmp_path / "a" / "b"):
-        with pytest.raises(ConfigError, match="cannot be used"):
-            prepare_output_dir(TrainConfig(output_dir=str(folder), overwrite=True))
-
-
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_folder_without_write_permission_is_refused(tmp_path: Path) -> None:
-    tmp_path.chmod(0o500)
-    with pytest.raises(ConfigError, match="not writable"):
-        prepare_output_dir(TrainConfig(output_dir=str(tmp_path)))
