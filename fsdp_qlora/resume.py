@@ -217,7 +217,8 @@ def restore_optimizer(optimizer: torch.optim.AdamW, root: LossModel, checkpoint:
             return rows
 
         for name, parameter in trainable(root):
-            state: dict[str, Tensor] = {"step": torch.tensor(float(manifest.position.step))}
+            # fused AdamW counts its steps beside the parameter
+            state = {"step": torch.tensor(float(manifest.position.step), device=parameter.device)}
             for moment in MOMENTS:
                 state[moment] = torch.zeros_like(parameter)
                 try:

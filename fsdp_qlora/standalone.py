@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.adapters import write_file
 from fsdp_qlora.checkpoint_config import size_in_bytes
 from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.files import write_file
 from fsdp_qlora.models.families import Family
 from fsdp_qlora.models.hub import TEXT_FILES
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton

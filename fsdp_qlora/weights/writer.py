@@ -18,8 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import write_file
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.files import write_file
 from fsdp_qlora.weights.index import DTYPES
 
 STATE_FILE = "unfinished.json"
