@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -131,31 +131,54 @@ def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: P
             ) from error
 
 
+def find_adapter(folder: Path) -> Path:
+    """Return the adapter's own folder where that of its training run is given."""
+    inner = folder / "adapter"
+    return inner if (inner / CONFIG_FILE).exists() and not (folder / CONFIG_FILE).exists() else folder
+
+
+def read_adapter_config(folder: Path, applied: Collection[str] = ()) -> dict[str, Any]:
+    """Return an adapter's config.
+
+    Args:
+        applied: fields of UNSUPPORTED that the caller applies.
+
+    Raises:
+        CheckpointError: files missing or unreadable, or a kind of adapter that the caller does not apply.
+    """
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).exists()]
+    if missing:
+        raise CheckpointError(f"{folder}: no {missing[0]}; --adapter names a PEFT adapter folder")
+    try:
+        config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
+        rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
+    unsupported = [key for key in UNSUPPORTED if config.get(key) and key not in applied]
+    if config.get("peft_type") != "LORA" or unsupported or rank < 1 or alpha <= 0:
+        raise CheckpointError(
+            f"{folder}: only plain LoRA adapters are read; this one uses {unsupported or config.get('peft_type')}"
+        )
+    return config
+
+
+def matrix_name(name: str) -> str:
+    """Return '<layer name>.lora_A' or '.lora_B' for a tensor of an adapter file."""
+    return name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight")
+
+
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return an adapter's config and its matrices by '<layer name>.lora_A' / '.lora_B', float32.
 
     Raises:
         CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
     """
-    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).exists()]
-    if missing:
-        raise CheckpointError(f"{folder}: no {missing[0]}; --adapter names a PEFT adapter folder")
+    config = read_adapter_config(folder)
     try:
-        config = json.loads((folder / CONFIG_FILE).read_text())
         tensors = load_file(folder / WEIGHTS_FILE)
-        rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
-    unsupported = [key for key in UNSUPPORTED if config.get(key)]
-    if config.get("peft_type") != "LORA" or unsupported or rank < 1 or alpha <= 0:
-        raise CheckpointError(
-            f"{folder}: only plain LoRA adapters are read; this one uses {unsupported or config.get('peft_type')}"
-        )
-    matrices = {
-        name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight"): value.float()
-        for name, value in tensors.items()
-    }
-    return config, matrices
+    return config, {matrix_name(name): value.float() for name, value in tensors.items()}
 
 
 def check_adapter(matrices: Mapping[str, Tensor], linears: list[LoRALinear]) -> None:

@@ -56,3 +56,51 @@ class QuantizeConfig:
 
     debug: bool = False
     """Show Python tracebacks of errors."""
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Settings of making a checkpoint that stands on its own from a base and an adapter."""
+
+    # --- input and output ---
+    adapter: str
+    """Folder of a trained adapter: the --output_dir of a training run, or any PEFT LoRA adapter."""
+
+    output_dir: str
+    """Folder of the new checkpoint: empty, absent, or what a killed run of the same command left, which is finished."""
+
+    model: str | None = None
+    """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the one of the training run, else the main branch."""
+
+    overwrite: bool = False
+    """Replace what is in --output_dir."""
+
+    max_shard_size: str = "5GB"
+    """Size at which a new weight file is begun, in KB, MB or GB."""
+
+    # --- merging ---
+    merge_base: Literal["dequantized", "original"] = "dequantized"
+    """Add the adapter to the weights it was trained on (the 4-bit base, dequantised), or to those before quantisation."""
+
+    output: Literal["bf16", "fp16", "fp32", "4bit"] = "bf16"
+    """Form of the result; 4bit: the merged matrices are quantised again."""
+
+    quant_type: Literal["auto", "nf4", "fp4"] = "auto"
+    """4-bit code of the base in training; auto: as the run's record or a quantised base says, else nf4."""
+
+    double_quant: bool | None = None
+    """Whether the block scales were quantised too; default: as the run's record or a quantised base says, else true."""
+
+    # --- check ---
+    measure: bool = True
+    """Compute a few prompts with base + adapter and with the result, and print how far they are apart."""
+
+    # --- computation ---
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: on the GPU if there is one."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""

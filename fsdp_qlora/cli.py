@@ -51,6 +51,7 @@ COMMANDS = (
     Command(
         "report", "Make a page of one or several training runs.", "fsdp_qlora.run_report", config.ReportConfig, "runs"
     ),
+    Command("merge", "Add an adapter to its base, matrix by matrix.", "fsdp_qlora.merge", config.MergeConfig),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

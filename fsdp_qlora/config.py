@@ -12,6 +12,7 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
+from fsdp_qlora.checkpoint_config import MergeConfig as MergeConfig
 from fsdp_qlora.checkpoint_config import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.checkpoint_config import is_size
 from fsdp_qlora.command_config import DataConfig as DataConfig

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fsdp_qlora.adapters import CONFIG_FILE, read_adapter
+from fsdp_qlora.adapters import find_adapter, read_adapter
 from fsdp_qlora.build import build_model, load_tokenizer
 from fsdp_qlora.config import GenerateConfig
 from fsdp_qlora.distributed import compute_dtype, process_group
@@ -37,9 +37,7 @@ def answer(config: GenerateConfig) -> str:
         CheckpointError: the adapter is missing, damaged, of another kind, or belongs to another base.
         ModelError, WeightsError: the base cannot be found or read.
     """
-    folder = Path(config.adapter)
-    if not (folder / CONFIG_FILE).exists() and (folder / "adapter" / CONFIG_FILE).exists():
-        folder = folder / "adapter"
+    folder = find_adapter(Path(config.adapter))
     adapter_config, matrices = read_adapter(folder)
     base = config.model or adapter_config.get("base_model_name_or_path")
     if not base:

@@ -5,26 +5,23 @@ from __future__ import annotations
 import json
 import time
 
-import torch
-
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.standalone import (
-    Source,
+    Target,
     check_folders,
     copy,
     in_file_order,
     open_source,
     pick_device,
+    quantized,
     quantized_config,
     side_files,
     write_checkpoint,
 )
-from fsdp_qlora.weights.bnb_format import slots, write_quantized
-from fsdp_qlora.weights.index import TensorEntry
-from fsdp_qlora.weights.writer import Part, Sink, Written
+from fsdp_qlora.weights.writer import Written
 
 
 def run(config: QuantizeConfig) -> None:
@@ -57,34 +54,23 @@ def quantize(config: QuantizeConfig) -> Written:
         source.check(quant)
         matrices = {source.checkpoint_name(name): name for name in source.linears}
         parts = [
-            _quantized(source, entry, matrices[entry.name], quant, device)
+            quantized(source, entry, matrices[entry.name], quant, device)
             if entry.name in matrices
             else copy(source, entry)
             for entry in in_file_order(source.raw.tensors)
         ]
         base_config = json.loads((folder / "config.json").read_text())
+        identity = {
+            "command": "quantize",
+            "source": source.identity(),
+            "quant_type": config.quant_type,
+            "double_quant": config.double_quant,
+            "max_shard_size": config.max_shard_size,
+        }
         return write_checkpoint(
-            output,
+            Target(output, identity, config.max_shard_size, config.overwrite),
             parts,
             quantized_config(base_config, quant, source.family),
             side_files(folder),
-            {
-                "command": "quantize",
-                "source": source.identity(),
-                "quant_type": config.quant_type,
-                "double_quant": config.double_quant,
-                "max_shard_size": config.max_shard_size,
-            },
-            config.max_shard_size,
-            config.overwrite,
             lambda line: print(f"quantize: {line}", flush=True),
         )
-
-
-def _quantized(source: Source, entry: TensorEntry, name: str, quant: QuantSettings, device: torch.device) -> Part:
-    layout = source.layout(name, quant)
-
-    def make(sink: Sink) -> None:
-        write_quantized(entry.name, layout, (run.to(device) for _, run in source.runs(entry)), sink)
-
-    return Part(slots(entry.name, layout), make)

@@ -20,6 +20,7 @@ from fsdp_qlora.models.hub import TEXT_FILES
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
 from fsdp_qlora.quant.adapt import QuantSettings, block_linears
 from fsdp_qlora.quant.layout import Layout
+from fsdp_qlora.weights.bnb_format import slots, write_quantized
 from fsdp_qlora.weights.index import TensorEntry, read_index
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import (
@@ -123,40 +124,65 @@ def copy(source: Source, entry: TensorEntry, dtype: torch.dtype | None = None) -
     return Part((Slot(entry.name, kept, entry.shape),), make)
 
 
+def quantized(source: Source, entry: TensorEntry, name: str, quant: QuantSettings, device: torch.device) -> Part:
+    """Return the part that quantises a matrix; `name` is its name in the model."""
+    layout = source.layout(name, quant)
+
+    def make(sink: Sink) -> None:
+        write_quantized(entry.name, layout, (run.to(device) for _, run in source.runs(entry)), sink)
+
+    return Part(slots(entry.name, layout), make)
+
+
 def in_file_order(tensors: Mapping[str, TensorEntry]) -> list[TensorEntry]:
     """Return the tensors as they lie on the disk."""
     return sorted(tensors.values(), key=lambda entry: (entry.file, entry.start))
 
 
+@dataclass(frozen=True)
+class Target:
+    """Where a checkpoint goes.
+
+    Attributes:
+        identity: what its content depends on, JSON: a killed run of the same identity is finished.
+        max_shard_size: as 5GB.
+        overwrite: replace what is there.
+    """
+
+    folder: Path
+    identity: Mapping[str, Any]
+    max_shard_size: str
+    overwrite: bool
+
+
 def write_checkpoint(
-    folder: Path,
+    target: Target,
     parts: Sequence[Part],
     config: Mapping[str, Any],
     side_files: Mapping[str, Path],
-    identity: Mapping[str, Any],
-    max_shard_size: str,
-    overwrite: bool,
     say: Callable[[str], None],
 ) -> Written:
-    """Write a checkpoint folder, or finish one that a killed run of the same identity left.
+    """Write a checkpoint folder, or finish one that was begun.
 
     Args:
         config: content of config.json.
         side_files: files to copy, by their names in the folder.
+        say: receives lines of progress.
 
     Raises:
         ConfigError: the folder holds something else.
         CheckpointError: it cannot be written.
     """
+    folder = target.folder
     try:
-        kept = begin(folder, identity, overwrite)
+        kept = begin(folder, target.identity, target.overwrite)
         free, wanted = shutil.disk_usage(folder).free, sum(part.size_bytes for part in parts) - kept
         if free < wanted:
             raise CheckpointError(
                 f"{folder}: {wanted / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free; free space or"
                 " choose another --output_dir"
             )
-        written = write_shards(folder, parts, size_in_bytes(max_shard_size), identity, say)
+        written = write_shards(folder, parts, size_in_bytes(target.max_shard_size), target.identity, say)
         for name, path in side_files.items():
             write_file(folder / name, path.read_bytes())
         complete(folder, config)
@@ -192,6 +218,17 @@ def quantized_config(config: dict[str, Any], quant: QuantSettings, family: Famil
         llm_int8_skip_modules=_not_quantized(family),
     )
     return {**config, "quantization_config": settings.to_dict()}
+
+
+def dense_config(config: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """Return config.json's content for a checkpoint in one dtype, nothing of which is quantised."""
+    result = {key: value for key, value in config.items() if key != "quantization_config"}
+    key = "torch_dtype" if "torch_dtype" in config else "dtype"
+    result[key] = str(dtype).removeprefix("torch.")
+    for part, value in result.items():
+        if isinstance(value, dict) and ("dtype" in value or "torch_dtype" in value):
+            result[part] = dense_config(value, dtype)
+    return result
 
 
 def _not_quantized(family: Family) -> list[str] | None:

@@ -78,6 +78,14 @@ def read_quant_state(reader: Reader, name: str) -> QuantState:
     return QuantState(kinds[0], name + ".nested_absmax" in reader.tensors, shape, offset)
 
 
+def matrix_of(name: str) -> str:
+    """Return the matrix that a tensor of a quantised one belongs to; other names stay as they are."""
+    matrix = name.split(STATE_KEY)[0]
+    for suffix in STATISTICS:
+        matrix = matrix.removesuffix(suffix)
+    return matrix
+
+
 def entry_name(name: str, kind: str) -> str:
     """Return the name of the tensor that describes a quantised matrix."""
     return name + STATE_KEY + kind
@@ -141,10 +149,7 @@ def check_complete(tensors: Mapping[str, TensorEntry], expected: set[str], tied:
             f"{folder}: tensor '{missing[0]}' is missing ({len(missing)} in all); finish or repeat the download"
         )
     for name, entry in tensors.items():
-        matrix = name.split(STATE_KEY)[0]
-        for suffix in STATISTICS:
-            matrix = matrix.removesuffix(suffix)
-        if matrix not in expected and not (tied and name == "lm_head.weight"):
+        if matrix_of(name) not in expected and not (tied and name == "lm_head.weight"):
             raise WeightsError(
                 f"{entry.file}: tensor '{name}' is not part of this model; config.json and weights do not belong together"
             )

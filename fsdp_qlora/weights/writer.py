@@ -6,12 +6,11 @@ made: no more than what one `Part` holds is ever in memory. A file appears under
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.files import write_file
+from fsdp_qlora.files import FileRecord, fsync_folder, record_of, write_file
 from fsdp_qlora.weights.index import DTYPES
 
 STATE_FILE = "unfinished.json"
@@ -116,8 +115,8 @@ class _ShardFile:
         self.file.seek(8 + self.header_bytes + self.offsets[name] + start * slot.dtype.itemsize)
         self.file.write(memoryview(raw))  # type: ignore[arg-type]
 
-    def finish(self) -> tuple[int, str]:
-        """Write texts and header, give the file its name; return its size and sha256."""
+    def finish(self) -> FileRecord:
+        """Write texts and header, give the file its name; return what it holds."""
         for slot in self.slots:
             assert slot.shape is None or self.received[slot.name] == slot.size_bytes, f"{slot.name} is incomplete"
         self.file.seek(8 + self.header_bytes + self.fixed_bytes)
@@ -129,23 +128,10 @@ class _ShardFile:
         self.file.flush()
         os.fsync(self.file.fileno())
         self.file.close()
-        result = checksum(self.partial)
+        result = record_of(self.partial)
         self.partial.replace(self.path)
-        _sync_folder(self.path.parent)
+        fsync_folder(self.path.parent)
         return result
-
-
-def checksum(path: Path) -> tuple[int, str]:
-    """Return size and sha256 of a file."""
-    with path.open("rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    return path.stat().st_size, digest
-
-
-def _sync_folder(folder: Path) -> None:
-    descriptor = os.open(folder, os.O_RDONLY)
-    os.fsync(descriptor)
-    os.close(descriptor)
 
 
 def split(parts: Sequence[Part], shard_bytes: int) -> list[list[Part]]:
@@ -226,7 +212,7 @@ def write_shards(
     made = kept = size = 0
     for name, shard in zip(names, shards, strict=True):
         path = folder / name
-        if path.exists() and list(checksum(path)) == finished.get(name):
+        if path.exists() and asdict(record_of(path)) == finished.get(name):
             say(f"{name}: complete and verified, kept")
             done, kept, size = done + sum(part.size_bytes for part in shard), kept + 1, size + path.stat().st_size
             continue
@@ -237,8 +223,8 @@ def write_shards(
             if time.monotonic() - shown > 5:
                 shown = time.monotonic()
                 say(f"{done / 1e9:.2f} of {total / 1e9:.2f} GB, {shown - started:.0f} s")
-        finished[name] = list(file.finish())
-        size, made = size + finished[name][0], made + 1
+        finished[name] = asdict(file.finish())
+        size, made = size + finished[name]["size"], made + 1
         write_file(folder / STATE_FILE, json.dumps({"identity": identity, "finished": finished}).encode())
         say(f"{name}: written ({made + kept} of {len(names)})")
     weight_map = {s.name: name for name, shard in zip(names, shards, strict=True) for part in shard for s in part.slots}
@@ -251,5 +237,5 @@ def write_shards(
 def complete(folder: Path, config: Mapping[str, Any]) -> None:
     """Write config.json, without which nothing loads the folder, as the last file of a checkpoint."""
     write_file(folder / "config.json", (json.dumps(config, indent=2) + "\n").encode())
-    _sync_folder(folder)
+    fsync_folder(folder)
     (folder / STATE_FILE).unlink()

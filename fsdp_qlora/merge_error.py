@@ -1,0 +1,184 @@
+"""How far a merged model's logits are from those of base + adapter, computed with one matrix in memory at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import PreTrainedTokenizerBase
+
+from fsdp_qlora.merged_weights import Lora
+from fsdp_qlora.models.skeleton import Skeleton
+from fsdp_qlora.weights.reader import Reader
+
+PROMPTS = (
+    "The capital of France is Paris, and the capital of Germany is Berlin. The capital of Italy is",
+    "def fibonacci(n):\n    if n < 2:\n        return n\n    return fibonacci(n - 1) + fibonacci(n - 2)\n",
+    "What is 17 * 6? 17 * 6 = 102, because 10 * 6 = 60 and 7 * 6 = 42, and 60 + 42 = 102.",
+    "Dear Sir or Madam, thank you for your letter of 3 May. I am sorry to hear that the lamp arrived broken;",
+)
+
+VOCABULARY_ROWS = 1 << 14
+"""Rows of the head that are multiplied at a time."""
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A way to compute the model.
+
+    Attributes:
+        title: for the table.
+        matrix: returns a linear layer's weight [out, in] in float32 by its name ('....weight').
+        reader: has every other tensor, by the model's names.
+        lora: returns the update that is added beside a weight, or None.
+        dtype: what other tensors are rounded to.
+    """
+
+    title: str
+    matrix: Callable[[str], Tensor]
+    reader: Reader
+    lora: Callable[[str], Lora | None] = lambda name: None
+    dtype: torch.dtype = torch.float32
+
+
+@dataclass(frozen=True)
+class LogitError:
+    """Distance of logits from the reference, over all tokens.
+
+    Attributes:
+        mean, largest: absolute difference.
+        divergence: mean Kullback-Leibler divergence of the next token's distribution from the reference's, in nats.
+        agreement: share of tokens for which the most likely next token is the same.
+    """
+
+    mean: float
+    largest: float
+    divergence: float
+    agreement: float
+
+
+def tokenize(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
+    """Return the prompts' tokens [prompts, length], padded at the end, and which of them count."""
+    rows = [tokenizer(prompt)["input_ids"] for prompt in PROMPTS]
+    longest = max(map(len, rows))
+    tokens = torch.tensor([row + [0] * (longest - len(row)) for row in rows])
+    counts = torch.tensor([[position < len(row) for position in range(longest)] for row in rows])
+    return tokens, counts
+
+
+@torch.no_grad()
+def logits(skeleton: Skeleton, variant: Variant, tokens: Tensor, counts: Tensor, device: torch.device) -> Tensor:
+    """Return the logits of the tokens that count, float32 [count, vocab] on the CPU.
+
+    No mask is needed for the padding: it comes after the tokens, which see only what precedes them.
+    """
+    with _streamed(skeleton, variant, device):
+        hidden = skeleton.decoder(input_ids=tokens.to(device), use_cache=False).last_hidden_state[counts.to(device)]
+    name = "model.embed_tokens.weight" if skeleton.tied else "lm_head.weight"
+    rows, width = variant.reader.entry(name).shape
+    parts = []
+    for start in range(0, rows, VOCABULARY_ROWS):
+        stop = min(start + VOCABULARY_ROWS, rows)
+        weight = _rounded(variant, variant.reader.read(name, start * width, stop * width)).view(-1, width)
+        parts.append(F.linear(hidden, weight.to(device)).cpu())
+    result = torch.cat(parts, dim=1)
+    if skeleton.logit_softcap is not None:
+        result = torch.tanh(result / skeleton.logit_softcap) * skeleton.logit_softcap
+    return result
+
+
+def _rounded(variant: Variant, values: Tensor) -> Tensor:
+    return values.to(variant.dtype).float()
+
+
+@contextmanager
+def _streamed(skeleton: Skeleton, variant: Variant, device: torch.device) -> Iterator[None]:
+    """Give each layer of the decoder its weights just before it computes, and take them away afterwards."""
+    handles = []
+    for name, module in skeleton.model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if module is skeleton.embedding:
+            handles.append(module.register_forward_pre_hook(_rows_of(f"{name}.weight", variant, device)))
+            handles.append(module.register_forward_hook(_taker(own)))
+        elif own and name.startswith("model."):
+            handles.append(module.register_forward_pre_hook(_giver(name, own, variant, device)))
+            handles.append(module.register_forward_hook(_taker(own)))
+            if isinstance(module, nn.Linear):
+                handles.append(module.register_forward_hook(_adder(f"{name}.weight", variant)))
+    buffers = [(module, dict(module.named_buffers(recurse=False))) for module in skeleton.model.modules()]
+    try:
+        for module, values in buffers:
+            for name, value in values.items():
+                setattr(module, name, value.to(device))
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _giver(name: str, own: dict[str, nn.Parameter], variant: Variant, device: torch.device) -> Callable[..., None]:
+    def give(module: nn.Module, arguments: Any) -> None:
+        for key, parameter in own.items():
+            full = f"{name}.{key}"
+            if isinstance(module, nn.Linear) and key == "weight":
+                value = variant.matrix(full)
+            else:
+                value = _rounded(variant, variant.reader.read(full)).view(parameter.shape)
+            setattr(module, key, nn.Parameter(value.to(device), requires_grad=False))
+
+    return give
+
+
+def _taker(own: dict[str, nn.Parameter]) -> Callable[..., None]:
+    def take(module: nn.Module, arguments: Any, output: Any) -> None:
+        for key, parameter in own.items():
+            setattr(module, key, parameter)
+
+    return take
+
+
+def _adder(name: str, variant: Variant) -> Callable[..., Tensor | None]:
+    def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
+        lora = variant.lora(name)
+        return None if lora is None else output + lora.scaling * (arguments[0] @ lora.A.t()) @ lora.B.t()
+
+    return add
+
+
+def _rows_of(name: str, variant: Variant, device: torch.device) -> Callable[..., tuple[Tensor]]:
+    """Give the embedding only the rows that are looked up, under new numbers."""
+
+    def give(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
+        used, numbers = torch.unique(arguments[0], return_inverse=True)
+        width = variant.reader.entry(name).shape[1]
+        rows = [variant.reader.read(name, row * width, (row + 1) * width) for row in used.tolist()]
+        module.weight = nn.Parameter(_rounded(variant, torch.stack(rows)).to(device), requires_grad=False)
+        module.padding_idx = None  # type: ignore[assignment]
+        return (numbers,)
+
+    return give
+
+
+def compare(reference: Tensor, found: Tensor) -> LogitError:
+    """Return how far logits [tokens, vocab] are from the reference."""
+    difference = (found - reference).abs()
+    expected = F.log_softmax(reference, dim=-1)
+    divergence = F.kl_div(F.log_softmax(found, dim=-1), expected, log_target=True, reduction="batchmean")
+    agreement = (found.argmax(dim=-1) == reference.argmax(dim=-1)).float().mean()
+    return LogitError(difference.mean().item(), difference.max().item(), divergence.item(), agreement.item())
+
+
+def table(errors: Sequence[tuple[str, LogitError]]) -> list[str]:
+    """Return the errors as lines of a table."""
+    width = max(len(title) for title, _ in errors)
+    lines = [f"{'':<{width}}  mean error  largest  divergence  same token"]
+    for title, error in errors:
+        lines.append(
+            f"{title:<{width}}  {error.mean:10.2e}  {error.largest:7.1e}  {error.divergence:10.2e}  {error.agreement:10.1%}"
+        )
+    return lines

@@ -1,0 +1,167 @@
+"""The matrices of a base, as trained on or as they were before, and with an adapter added: one at a time, in float32."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fsdp_qlora.adapters import WEIGHTS_FILE, matrix_name, read_adapter_config
+from fsdp_qlora.errors import CheckpointError, WeightsError
+from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
+from fsdp_qlora.standalone import Source
+from fsdp_qlora.weights.fingerprint import fingerprint
+from fsdp_qlora.weights.index import read_header
+from fsdp_qlora.weights.loader import copy_quantized
+from fsdp_qlora.weights.reader import Reader
+from fsdp_qlora.weights.source import is_quantized, require_finite
+
+APPLIED = ("use_rslora", "rank_pattern", "alpha_pattern")
+"""Kinds of LoRA, beyond the plain one, that are merged."""
+
+
+@dataclass(frozen=True)
+class Lora:
+    """The update of one matrix: scaling * B @ A, with A [r, in] and B [out, r] in float32."""
+
+    A: Tensor
+    B: Tensor
+    scaling: float
+
+
+class Adapter:
+    """A PEFT LoRA adapter whose matrices are read when they are wanted.
+
+    Attributes:
+        config: adapter_config.json.
+    """
+
+    def __init__(self, config: Mapping[str, Any], reader: Reader, source: Source) -> None:
+        self.config, self.reader = config, reader
+        self._prefix = source.family.adapter_prefix
+        self._tensors = {matrix_name(name): name for name in reader.tensors}
+        self._check(source)
+
+    def _check(self, source: Source) -> None:
+        """Raise CheckpointError unless the matrices come in pairs that fit layers of the base."""
+        found = {name: self.reader.entry(tensor).shape for name, tensor in self._tensors.items()}
+        for name, shape in found.items():
+            layer, _, part = name.rpartition(".")
+            linear = source.linears.get(f"{layer}.weight")
+            rank = found.get(f"{layer}.lora_A", (0,))[0]
+            if linear is not None and part in ("lora_A", "lora_B") and f"{layer}.lora_B" in found and rank > 0:
+                expected = (rank, linear.in_features) if part == "lora_A" else (linear.out_features, rank)
+                if shape == expected:
+                    continue
+            raise CheckpointError(
+                f"adapter matrix '{name}' of shape {list(shape)} has no place in this base: the adapter belongs to"
+                " another model"
+            )
+
+    def identity(self) -> list[Any]:
+        """Return what tells this adapter from another."""
+        files = {entry.file for entry in self.reader.tensors.values()}
+        return [dict(self.config), *([file.stat().st_size, file.stat().st_mtime_ns] for file in files)]
+
+    def adapts(self, name: str) -> bool:
+        """Return whether the matrix `name` ('....weight') has an update."""
+        return f"{name.removesuffix('.weight')}.lora_A" in self._tensors
+
+    def lora(self, name: str, device: torch.device) -> Lora | None:
+        """Return the update of a matrix; None if it has none."""
+        if not self.adapts(name):
+            return None
+        layer = name.removesuffix(".weight")
+        lora_A, lora_B = (self._read(f"{layer}.{part}").to(device) for part in ("lora_A", "lora_B"))
+        return Lora(lora_A, lora_B, self._scaling(layer, lora_A.shape[0]))
+
+    def _read(self, name: str) -> Tensor:
+        entry = self.reader.entry(self._tensors[name])
+        values = self.reader.read(entry.name).view(entry.shape).float()
+        require_finite(values, self.reader, entry.name)
+        return values
+
+    def _scaling(self, layer: str, rank: int) -> float:
+        """Return PEFT's factor; a pattern is the end of a layer's name, or a regular expression for it."""
+        layer = self._prefix + layer.removeprefix("model.")
+        alpha = float(self.config["lora_alpha"])
+        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
+            if re.match(rf"(.*\.)?({pattern})$", layer):
+                alpha = float(value)
+                break
+        return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
+
+
+@contextmanager
+def open_adapter(folder: Path, source: Source) -> Iterator[Adapter]:
+    """Open an adapter for a base.
+
+    Raises:
+        CheckpointError: it is unreadable, of a kind that is not merged, or belongs to another base.
+    """
+    config = read_adapter_config(folder, APPLIED)
+    try:
+        tensors = read_header(folder / WEIGHTS_FILE)
+    except WeightsError as error:
+        raise CheckpointError(f"{folder}: the adapter is unreadable ({error})") from error
+    with Reader(tensors) as reader:
+        yield Adapter(config, reader, source)
+
+
+class Weights:
+    """The matrices of a base.
+
+    Args:
+        quant: the 4-bit form of the base in training.
+        device: where matrices are computed and returned.
+
+    Attributes:
+        fingerprints: checksum of the 4-bit bytes of each matrix that was dequantised, by name.
+    """
+
+    def __init__(self, source: Source, quant: QuantSettings, device: torch.device) -> None:
+        self.source, self.quant, self.device = source, quant, device
+        self.fingerprints: dict[str, int] = {}
+
+    def original(self, name: str) -> Tensor:
+        """Return a matrix [out, in] as the checkpoint has it; one that is quantised there is dequantised."""
+        reader = self.source.named
+        if is_quantized(reader.tensors, name):
+            return self.dequantized(name)
+        entry = reader.entry(name)
+        weight = reader.read(name)
+        require_finite(weight, reader, name)
+        return weight.to(self.device).view(entry.shape).float()
+
+    def dequantized(self, name: str) -> Tensor:
+        """Return a matrix [out, in] with the values that training computed with."""
+        reader, layout = self.source.named, self.source.layout(name, self.quant)
+        if is_quantized(reader.tensors, name):
+            packed = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self.device)
+            copy_quantized(reader, name, layout, packed)
+        else:
+            weight = reader.read(name)
+            require_finite(weight, reader, name)
+            packed = quantize_matrix(weight.to(self.device).view(reader.entry(name).shape), layout)
+        self.fingerprints[name] = int(fingerprint(packed).item())
+        return dequantize_reference(packed, layout, torch.float32)
+
+    def base(self, name: str, kind: str) -> Tensor:
+        """Return `dequantized` or `original`."""
+        return self.dequantized(name) if kind == "dequantized" else self.original(name)
+
+    def merged(self, name: str, kind: str, adapter: Adapter) -> Tensor:
+        """Return a matrix of the base with its update added."""
+        weight = self.base(name, kind)
+        lora = adapter.lora(name, self.device)
+        if lora is not None:
+            weight.addmm_(lora.B, lora.A, alpha=lora.scaling)
+        return weight
