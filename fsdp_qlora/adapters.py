@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.distributed import Ranks, agree_on_errors
-from fsdp_qlora.errors import CheckpointError
+from fsdp_qlora.errors import CheckpointError, ModelError
 from fsdp_qlora.files import FileRecord, write_new, write_tensors
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
@@ -165,6 +166,38 @@ def read_adapter_config(folder: Path, applied: Collection[str] = ()) -> dict[str
 def matrix_name(name: str) -> str:
     """Return '<layer name>.lora_A' or '.lora_B' for a tensor of an adapter file."""
     return name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight")
+
+
+@dataclass(frozen=True)
+class TrainedAdapter:
+    """An adapter with what is needed to put it on its base."""
+
+    folder: Path
+    base: str
+    """Alias, hub id or folder of the base model."""
+
+    lora: LoraSettings
+    matrices: dict[str, Tensor]
+
+
+def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:
+    """Return the adapter of a PEFT folder or of a run's --output_dir.
+
+    Args:
+        base: the base model to use; None: the one that the adapter names.
+
+    Raises:
+        CheckpointError: as `read_adapter`.
+        ModelError: no base is known.
+    """
+    folder = find_adapter(folder)
+    config, matrices = read_adapter(folder)
+    base = base or config.get("base_model_name_or_path")
+    if not base:
+        raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
+    targets = sorted({name.split(".")[-2] for name in matrices})
+    lora = LoraSettings(int(config["r"]), float(config["lora_alpha"]), target_modules=",".join(targets))
+    return TrainedAdapter(folder, base, lora, matrices)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -52,6 +52,9 @@ COMMANDS = (
         "report", "Make a page of one or several training runs.", "fsdp_qlora.run_report", config.ReportConfig, "runs"
     ),
     Command("merge", "Add an adapter to its base, matrix by matrix.", "fsdp_qlora.merge", config.MergeConfig),
+    Command(
+        "evaluate", "Measure an adapter, or a base model, on a dataset.", "fsdp_qlora.scoring", config.EvaluateConfig
+    ),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

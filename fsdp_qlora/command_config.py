@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fsdp_qlora.data_config import DataSettings
+from fsdp_qlora.data_config import DataSettings, RowSettings
 
 
 @dataclass(frozen=True)
@@ -170,6 +170,51 @@ class ReportConfig:
 
     png_dir: str | None = None
     """Folder for the charts as .png files; default: none are made."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
+
+
+@dataclass(frozen=True)
+class EvaluateConfig(RowSettings):
+    """Settings of the evaluation of an adapter, or of a base model alone."""
+
+    # --- data ---
+    dataset: str = "demo-test"
+    """Dataset to evaluate on, in the same forms as in training."""
+
+    # --- model ---
+    adapter: str | None = None
+    """Folder of a trained adapter, such as the --output_dir of a training run; default: the base model alone."""
+
+    model: str | None = None
+    """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
+
+    # --- answers ---
+    exact_match: bool = False
+    """Let the model answer, too, and count the answers that equal those of the dataset, apart from white space around."""
+
+    max_new_tokens: int = 64
+    """Tokens of an answer at most."""
+
+    save_answers: str | None = None
+    """With --exact_match: write questions, answers and references to this file, one JSON object a line."""
+
+    # --- computation ---
+    batch_size: int = 8
+    """Sequences, and questions, per GPU at a time."""
+
+    offload_blocks: int = 0
+    """Decoder blocks whose 4-bit weights rest in pinned CPU memory, where the GPUs are too small for all."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: on the GPU if there is one."""
+
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs."""
+
+    timeout_s: int = 1800
+    """Seconds a rank waits for the others."""
 
     debug: bool = False
     """Show Python tracebacks of errors."""

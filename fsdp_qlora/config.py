@@ -17,10 +17,11 @@ from fsdp_qlora.checkpoint_config import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.checkpoint_config import is_size
 from fsdp_qlora.command_config import DataConfig as DataConfig
 from fsdp_qlora.command_config import DoctorConfig as DoctorConfig
+from fsdp_qlora.command_config import EvaluateConfig as EvaluateConfig
 from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
 from fsdp_qlora.command_config import PlanConfig as PlanConfig
 from fsdp_qlora.command_config import ReportConfig as ReportConfig
-from fsdp_qlora.data_config import DataSettings
+from fsdp_qlora.data_config import DataSettings, is_named_datasets
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")
@@ -124,6 +125,12 @@ class TrainConfig(DataSettings):
     eval_steps: int = 0
     """Evaluate every N optimizer steps, besides before the first and after the last; 0: only those two."""
 
+    sample_prompts: str | None = None
+    """Text file with one prompt a line; the model's answers are shown and logged at every evaluation."""
+
+    max_new_tokens: int = 64
+    """Tokens of such an answer at most."""
+
     logging_steps: int = 1
     """Write metrics every N optimizer steps."""
 
@@ -215,6 +222,9 @@ def _is_trackers(text: str) -> bool:
 _SHARE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
+    "eval_dataset": Rule(
+        is_named_datasets, "one dataset, or name=dataset pairs with different names and commas between"
+    ),
     "context_length": _at_least(8),
     "eval_split": _SHARE,
     "lora_rank": _at_least(1),
@@ -254,6 +264,7 @@ RULES: dict[str, Rule] = {
     "log_to": Rule(_is_trackers, f"none, or some of {', '.join(TRACKERS)} separated by commas"),
     "max_shard_size": Rule(is_size, "a number with KB, MB or GB, such as 5GB"),
     "max_new_tokens": _at_least(1),
+    "offload_blocks": _at_least(0),
     "num_samples": _at_least(0),
     "temperature": _at_least(0),
 }
@@ -311,7 +322,23 @@ def _uint8_on_old_torch(config: TrainConfig) -> str | None:
     return None
 
 
+def _nothing_to_evaluate(config: EvaluateConfig) -> str | None:
+    if config.adapter is None and config.model is None:
+        return "neither --adapter nor --model is given; name the run to evaluate, or a base model"
+    return None
+
+
+def _answers_of_nothing(config: EvaluateConfig) -> str | None:
+    if config.save_answers is not None and not config.exact_match:
+        return f"--save_answers={config.save_answers} without --exact_match: there are no answers; add --exact_match"
+    return None
+
+
 CHECKS: dict[type, tuple[Check, ...]] = {
+    EvaluateConfig: (
+        Check(("adapter", "model"), _nothing_to_evaluate),
+        Check(("save_answers", "exact_match"), _answers_of_nothing),
+    ),
     TrainConfig: (
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),

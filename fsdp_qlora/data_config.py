@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
 
 @dataclass(frozen=True)
-class DataSettings:
-    """What decides the tokens that a model learns from."""
+class ModelSettings:
+    """Which model."""
 
     # --- model ---
     model: str = "smollm2-135m"
@@ -17,18 +18,18 @@ class DataSettings:
     revision: str | None = None
     """Branch, tag or commit of a hub model; default: the main branch."""
 
+
+@dataclass(frozen=True)
+class RowSettings:
+    """How a dataset becomes sequences of tokens."""
+
     # --- data ---
     dataset: str = "demo"
-    """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot)."""
+    """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot; 'demo-test':
+    others, for evaluation)."""
 
     dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Form of the rows; auto looks at the column names of the first row."""
-
-    eval_dataset: str | None = None
-    """Dataset to evaluate on, in the same forms as --dataset; default: rows held out from --dataset."""
-
-    eval_split: float = 0.05
-    """Share of --dataset held out for evaluation when --eval_dataset is not given (at most 1,000 rows); 0: none."""
 
     train_on: Literal["responses", "all"] = "responses"
     """Tokens that count in the loss: only the model's answers, or everything."""
@@ -44,3 +45,32 @@ class DataSettings:
 
     seed: int = 42
     """Seed of shuffling, of LoRA initialisation and of dropout."""
+
+
+@dataclass(frozen=True)
+class DataSettings(RowSettings, ModelSettings):
+    """What decides the tokens that a model learns from."""
+
+    # --- data ---
+    eval_dataset: str | None = None
+    """Dataset to evaluate on, in the same forms as --dataset, or several: name=dataset,name2=dataset2; default: rows held
+    out from --dataset."""
+
+    eval_split: float = 0.05
+    """Share of --dataset held out for evaluation when --eval_dataset is not given (at most 1,000 rows); 0: none."""
+
+
+def named_datasets(text: str) -> dict[str, str]:
+    """Return the datasets of an --eval_dataset value by name; one without a name is called ''."""
+    if not re.match(r"[\w-]+=", text):
+        return {"": text}
+    return dict(part.strip().split("=", 1) for part in text.split(","))
+
+
+def is_named_datasets(text: str) -> bool:
+    """Return whether named_datasets can read the text, and no name is there twice."""
+    if not re.match(r"[\w-]+=", text):
+        return True
+    parts = [part.strip() for part in text.split(",")]
+    names = [part.split("=", 1)[0] for part in parts]
+    return all(re.fullmatch(r"[\w-]+=.+", part) for part in parts) and len(set(names)) == len(names)

@@ -22,8 +22,9 @@ from fsdp_qlora.adapters import adapter_config, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main, process_group
-from fsdp_qlora.errors import ConfigError, DataError, FsdpQloraError, Interrupted, TrainingError, report
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, Interrupted, TrainingError, report
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
@@ -38,6 +39,7 @@ from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.redact import redact
 from fsdp_qlora.resume import Checkpoint, check_fit, find_checkpoint, identity_of, restore
 from fsdp_qlora.run_folder import Progress, Status, keep_metrics, start_over, take, write_exit
+from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.stop import Stop
 from fsdp_qlora.trainer import Trainer
@@ -128,6 +130,8 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
     tokenizer, train, evaluation = _load_data(config, ranks, folder)
+    with agree_on_errors(ranks, "reading the sample prompts"):
+        prompts = read_prompts(config, tokenizer)
     identity = identity_of(config, tokenizer, train)
     if found is not None:
         with agree_on_errors(ranks, "comparing the run with its checkpoint"):
@@ -135,7 +139,9 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
             progress.step = progress.saved_step = found.manifest.position.step
     built = _load_model(config, ranks, folder, lora, memory, found)
     identity["base"] = built.fingerprint
-    trainer = Trainer(config, ranks, built, train, evaluation, found.manifest.position if found else Position())
+    sampler = Sampler(built.root, ranks, tokenizer, prompts, read_stop_ids(folder, tokenizer), config.max_new_tokens)
+    start = found.manifest.position if found else Position()
+    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None)
     progress.num_steps = trainer.num_steps
     if found is not None:
         restore(found, identity, trainer.optimizer, built.root, config, ranks, say)
@@ -200,38 +206,22 @@ def _resolve_model(config: TrainConfig, ranks: Ranks) -> Path:
 
 def _load_data(
     config: TrainConfig, ranks: Ranks, folder: Path
-) -> tuple[PreTrainedTokenizerBase, data.Loader, data.Loader | None]:
+) -> tuple[PreTrainedTokenizerBase, data.Loader, dict[str, data.Loader]]:
     with agree_on_errors(ranks, "loading the data"):
         tokenizer = load_tokenizer(folder)
         train, evaluation, report = data.load_splits(config, tokenizer)
-        _check_vocabulary([*train, *evaluation], read_config(folder)[0].vocab_size)
-        pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
-        common: dict[str, Any] = {
-            "batch_size": config.batch_size,
-            "context_length": config.context_length,
-            "packing": config.packing,
-            "rank": ranks.rank,
-            "world_size": ranks.world_size,
-            "seed": config.seed,
-            "pad_token_id": pad,
-        }
+        vocab_size = read_config(folder)[0].vocab_size
+        for examples in (train, *evaluation.values()):
+            data.check_vocabulary(examples, vocab_size)
+        own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
         accumulation = config.gradient_accumulation_steps
-        train_loader = data.Loader(train, gradient_accumulation_steps=accumulation, shuffle=True, **common)
-        eval_loader = None
-        if evaluation:
-            eval_loader = data.Loader(evaluation, gradient_accumulation_steps=1, shuffle=False, **common)
+        train_loader = data.make_loader(train, config, tokenizer, accumulation=accumulation, **own)
+        loaders = {
+            name: data.make_loader(examples, config, tokenizer, accumulation=None, **own)
+            for name, examples in evaluation.items()
+        }
     _say(ranks, "\n".join(report.lines()))
-    return tokenizer, train_loader, eval_loader
-
-
-def _check_vocabulary(examples: list[data.Example], vocab_size: int) -> None:
-    """Raise DataError if a token has no row in the embedding; looking it up would fail late, or give zeros."""
-    largest = max(max(example.input_ids) for example in examples)
-    if largest >= vocab_size:
-        raise DataError(
-            f"the tokenizer makes token {largest} of this data, and the model has {vocab_size} tokens;"
-            " tokenizer files and config.json do not belong together: download the model again"
-        )
+    return tokenizer, train_loader, loaders
 
 
 def _load_model(

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fsdp_qlora.adapters import find_adapter, read_adapter
+from fsdp_qlora.adapters import open_adapter
 from fsdp_qlora.build import build_model, load_tokenizer
 from fsdp_qlora.config import GenerateConfig
 from fsdp_qlora.distributed import compute_dtype, process_group
-from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.quant.adapt import QuantSettings
 
 
 def run(config: GenerateConfig) -> None:
@@ -37,27 +37,21 @@ def answer(config: GenerateConfig) -> str:
         CheckpointError: the adapter is missing, damaged, of another kind, or belongs to another base.
         ModelError, WeightsError: the base cannot be found or read.
     """
-    folder = find_adapter(Path(config.adapter))
-    adapter_config, matrices = read_adapter(folder)
-    base = config.model or adapter_config.get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
-    targets = sorted({name.split(".")[-2] for name in matrices})
-    lora = LoraSettings(int(adapter_config["r"]), float(adapter_config["lora_alpha"]), target_modules=",".join(targets))
-    base_folder = resolve(base)
+    adapter = open_adapter(Path(config.adapter), config.model)
+    base_folder = resolve(adapter.base)
     with process_group("full", timeout_s=600, device=None if config.device == "auto" else config.device) as ranks:
         built = build_model(
             base_folder,
             ranks,
             QuantSettings(),
-            lora,
+            adapter.lora,
             compute_dtype(config.precision, ranks.device),
-            adapter=matrices,
+            adapter=adapter.matrices,
             shard=False,
             attention=generation_attention(base_folder),
         )
-        tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder
-        tokenizer = load_tokenizer(tokenizer_folder)
+        has_tokenizer = (adapter.folder / "tokenizer_config.json").exists()
+        tokenizer = load_tokenizer(adapter.folder if has_tokenizer else base_folder)
         torch.manual_seed(config.seed)
         return _generate(built.skeleton.model.eval(), tokenizer, config, base_folder)
 

@@ -64,3 +64,17 @@ def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softcap:
     flat = hidden.reshape(-1, hidden.shape[-1])
     loss: Tensor = ChunkedCrossEntropy.apply(flat, head, labels.reshape(-1), softcap)  # type: ignore[no-untyped-call]
     return loss
+
+
+@torch.no_grad()
+def count_correct(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tensor:
+    """Return how many targets are the most likely token, int64 scalar, in chunks like the loss.
+
+    A soft cap changes no order among logits. The logits are made a second time, as only evaluation asks for this.
+    """
+    rows = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    total = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
+    for start in range(0, hidden_TD.shape[0], rows):
+        best = F.linear(hidden_TD[start : start + rows], head_VD).argmax(dim=-1)
+        total += (best == labels_T[start : start + rows]).sum()
+    return total

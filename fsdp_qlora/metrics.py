@@ -25,6 +25,9 @@ class Logger(Protocol):
     def log(self, record: dict[str, Any], step: int) -> None:
         """Take one record of numbers."""
 
+    def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
+        """Take answers to prompts, each {"prompt", "answer"}."""
+
     def close(self) -> None:
         """Finish; nothing is logged afterwards."""
 
@@ -43,6 +46,10 @@ class JsonlLogger:
         """Append a line."""
         self._file.write(json.dumps({"step": step, "time": round(time.time(), 3), **record}) + "\n")
         self._file.flush()
+
+    def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
+        """Append a line."""
+        self.log({"samples": samples}, step)
 
     def close(self) -> None:
         """Close the file."""
@@ -69,6 +76,13 @@ class WandbLogger:
         """Send a record."""
         self._run.log(record, step=step)
 
+    def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
+        """Send a table."""
+        import wandb
+
+        rows = [[sample["prompt"], sample["answer"]] for sample in samples]
+        self._run.log({"samples": wandb.Table(columns=["prompt", "answer"], data=rows)}, step=step)
+
     def close(self) -> None:
         """Upload what is left."""
         self._run.finish()
@@ -87,6 +101,11 @@ class TensorboardLogger:
         """Write a record."""
         for name, value in record.items():
             self._writer.add_scalar(name, value, step)
+
+    def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
+        """Write texts."""
+        for number, sample in enumerate(samples, 1):
+            self._writer.add_text(f"sample {number}", f"**{sample['prompt']}**\n\n{sample['answer']}", step)
 
     def close(self) -> None:
         """Write what is left."""
@@ -153,6 +172,13 @@ class Metrics:
         """Send a record of numbers to every sink."""
         for sink in list(self._sinks):
             self._safely(sink, lambda sink=sink: sink.log(record, step))
+
+    def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
+        """Send answers to every sink and show them."""
+        for sink in list(self._sinks):
+            self._safely(sink, lambda sink=sink: sink.log_samples(samples, step))
+        for sample in samples:
+            self.show(f"step {step}: {sample['prompt']!r} -> {sample['answer']!r}")
 
     def show(self, line: str) -> None:
         """Print a line, above the bar on a terminal."""

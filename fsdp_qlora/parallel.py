@@ -5,16 +5,17 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.checkpointing import Block, HiddenStore
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.loss import chunked_cross_entropy
+from fsdp_qlora.loss import chunked_cross_entropy, count_correct
 from fsdp_qlora.memory import HostArena
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
@@ -43,6 +44,8 @@ class LossModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return {'loss': sum of the token losses}, a dict so that FSDP finds the tensor to hook backward on.
 
+        Without gradients there is also 'correct': how many targets are the most likely token.
+
         Args:
             input_ids, position_ids: int64 [batch, tokens].
             cu_seqlens, max_seqlen: document boundaries, see models/attention.py.
@@ -57,12 +60,35 @@ class LossModel(nn.Module):
             max_length_q=max_seqlen,
         ).last_hidden_state
         targets = hidden.flatten(0, 1).index_select(0, target_positions)
-        return {"loss": self._loss(targets, target_ids)}
+        head = self._head()
+        result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap)}
+        if not torch.is_grad_enabled():
+            result["correct"] = count_correct(targets, head, target_ids)
+        return result
 
-    def _loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
+    def next_tokens(
+        self, input_ids: Tensor, position_ids: Tensor, attention_mask: Tensor, cache: dict[str, Any]
+    ) -> Tensor:
+        """Return the most likely next token of each row, int64 [batch]; see decode.py.
+
+        Args:
+            input_ids, position_ids: int64 [batch, tokens], of the tokens that are not in the cache yet.
+            attention_mask: int64 [batch, cached + tokens], 0 at padding.
+            cache: transformers' cache of keys and values, which is extended, by the name that the model takes it by.
+        """
+        hidden = self.model.model(
+            input_ids=input_ids,
+            position_ids=position_ids,
+            attention_mask=attention_mask,
+            use_cache=True,
+            **cache,
+        ).last_hidden_state
+        return torch.nn.functional.linear(hidden[:, -1], self._head()).argmax(dim=-1)
+
+    def _head(self) -> Tensor:
         head = self.vocabulary.gather() if isinstance(self.vocabulary, ShardedVocabulary) else self.vocabulary.weight
         assert isinstance(head, Tensor)
-        return chunked_cross_entropy(hidden, head, labels, self.softcap)
+        return head
 
 
 @dataclass(frozen=True)
@@ -183,6 +209,7 @@ def _fully_shard(
         if offload:
             offloaded |= _offload(block, ("packed", "lora_A", "lora_B") if memory.offload_lora else ("packed",), ranks)
     fully_shard(root, mesh=ranks.mesh, ignored_params={vocabulary.weight for vocabulary in vocabularies})
+    register_fsdp_forward_method(root, "next_tokens")
     for module in root.modules():
         if isinstance(module, FSDPModule):
             # the loss is already divided by the global number of targets: gradients are summed, not averaged

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,10 +17,12 @@ from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, sum_over_ranks
 from fsdp_qlora.errors import TrainingError
-from fsdp_qlora.loss import IGNORE
+from fsdp_qlora.evaluation import evaluate
+from fsdp_qlora.forward import forward
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
 from fsdp_qlora.run_folder import Progress
+from fsdp_qlora.samples import Sampler
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.stop import Stop
 
@@ -45,8 +47,10 @@ class Trainer:
 
     Args:
         built: the loaded model.
-        train, evaluation: loaders of the two splits; evaluation may be None.
+        train: loader of the training data.
+        evaluation: loaders of the evaluation sets by name.
         start: where to go on.
+        sampler: answers sample prompts at every evaluation.
     """
 
     def __init__(
@@ -55,11 +59,12 @@ class Trainer:
         ranks: Ranks,
         built: BuiltModel,
         train: data.Loader,
-        evaluation: data.Loader | None,
+        evaluation: Mapping[str, data.Loader],
         start: Position = Position(),  # noqa: B008 (frozen)
+        sampler: Sampler | None = None,
     ) -> None:
         self.config, self.ranks, self.root = config, ranks, built.root
-        self.train_loader, self.eval_loader = train, evaluation
+        self.train_loader, self.eval_loaders, self.sampler = train, evaluation, sampler
         self.optimizer = build_optimizer(built.root, config)
         self.position = start
         self.num_steps = config.max_steps
@@ -69,12 +74,7 @@ class Trainer:
 
     def loss(self, batch: data.Batch) -> torch.Tensor:
         """Return the sum of the token losses of a micro-batch, on this rank."""
-        labels = batch.labels.flatten()
-        positions = (labels != IGNORE).nonzero().flatten()
-        tensors = (batch.input_ids, batch.position_ids, _padded(batch.cu_seqlens), positions, labels[positions])
-        input_ids, position_ids, cu_seqlens, positions, ids = (tensor.to(self.ranks.device) for tensor in tensors)
-        loss: torch.Tensor = self.root(input_ids, position_ids, cu_seqlens, input_ids.shape[1], positions, ids)["loss"]
-        return loss
+        return forward(self.root, batch, self.ranks.device)["loss"]
 
     def train_step(
         self, batches: list[data.Batch], step: int, votes: Callable[[], Sequence[float]] = tuple
@@ -112,19 +112,9 @@ class Trainer:
         num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size
         return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens, tuple(votes_of_all))
 
-    @torch.no_grad()
     def evaluate(self) -> dict[str, float]:
-        """Return mean loss per target token and perplexity on the evaluation split ({} without one)."""
-        if self.eval_loader is None:
-            return {}
-        self.root.eval()
-        total, num_targets = torch.zeros((), dtype=torch.float64, device=self.ranks.device), 0
-        for index in range(self.eval_loader.num_steps(0)):
-            for batch in self.eval_loader.step(0, index):
-                total += self.loss(batch)
-                num_targets += batch.num_targets
-        loss = sum_over_ranks(float(total.item())) / sum_over_ranks(num_targets)
-        return {"eval_loss": loss, "perplexity": math.exp(min(loss, 700.0))}
+        """Return loss, perplexity and token accuracy on the evaluation sets ({} without any)."""
+        return evaluate(self.root, self.eval_loaders, self.ranks)
 
     def fit(
         self, metrics: Metrics, saver: Saver, stop: Stop, progress: Progress, recorded: list[dict[str, Any]]
@@ -186,7 +176,12 @@ class Trainer:
         if values:
             evaluations[step] = values
             metrics.log(values, step)
-            metrics.show(f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f}")
+            metrics.show(
+                f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f},"
+                f" token accuracy {values['token_accuracy']:.1%}"
+            )
+        if self.sampler is not None:
+            metrics.log_samples(self.sampler.answers(), step)
 
     def _summary(self, evaluations: dict[int, dict[str, Any]], loss: float | None) -> dict[str, Any]:
         tokens, seconds = self.position.tokens, self.position.seconds
@@ -220,9 +215,3 @@ class Trainer:
         }
         metrics.log(record, step + 1)
         metrics.progress(record, step + 1, self.num_steps, remaining)
-
-
-def _padded(cu_seqlens: torch.Tensor) -> torch.Tensor:
-    """Return document boundaries with empty documents at the end, up to a power of two: few shapes, few compilations."""
-    length = max(64, 1 << (len(cu_seqlens) - 1).bit_length())
-    return torch.nn.functional.pad(cu_seqlens, (0, length - len(cu_seqlens)), value=int(cu_seqlens[-1]))

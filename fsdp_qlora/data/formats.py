@@ -12,8 +12,8 @@ from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.templates import Message
 from fsdp_qlora.errors import DataError
 
-DEMO_DATASET = "demo"
-NUM_DEMO_ROWS = 2000
+DEMO_DATASETS: dict[str, tuple[Literal["train", "test"], int]] = {"demo": ("train", 2000), "demo-test": ("test", 200)}
+"""Split and number of rows of the demo datasets; their questions differ."""
 
 ROLES = {
     "system": "system",
@@ -57,7 +57,7 @@ def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
     """Read and check a whole dataset.
 
     Args:
-        dataset: path of a .jsonl, .json, .csv or .parquet file, hub id, or 'demo'.
+        dataset: path of a .jsonl, .json, .csv or .parquet file, hub id, or a key of DEMO_DATASETS.
         dataset_format: a key of FORMATS, or 'auto' to choose by the columns of the first readable row.
         report: counts rows and, if it says so, lets malformed ones pass.
         seed: of the demo questions.
@@ -65,10 +65,12 @@ def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
     Raises:
         DataError: a malformed row that is not to be skipped (`file:line: reason`), an unknown form, no usable row.
     """
-    if dataset == DEMO_DATASET:
-        demo = demo_rows("train", NUM_DEMO_ROWS, seed)
+    if dataset in DEMO_DATASETS:
+        demo = demo_rows(*DEMO_DATASETS[dataset], seed)
         report.num_rows += len(demo)
-        return [Row(f"demo:{i}", "chat", tuple(read_messages(columns).messages)) for i, columns in enumerate(demo, 1)]
+        return [
+            Row(f"{dataset}:{i}", "chat", tuple(read_messages(columns).messages)) for i, columns in enumerate(demo, 1)
+        ]
     rows: list[Row] = []
     num_before = report.num_rows
     first_problem = ""

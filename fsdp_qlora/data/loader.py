@@ -5,9 +5,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import numpy as np
 import torch
+from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.packing import pack, packing_efficiency
 from fsdp_qlora.data.tokenize import IGNORE, Example
@@ -61,6 +63,19 @@ class LoaderStats:
     num_steps: int
     efficiency: float
     """Share of the sequences' positions that hold tokens of examples."""
+
+
+class LoaderSettings(Protocol):
+    """The settings that make_loader reads, of whatever command."""
+
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def context_length(self) -> int: ...
+    @property
+    def packing(self) -> bool: ...
+    @property
+    def seed(self) -> int: ...
 
 
 class Loader:
@@ -220,3 +235,28 @@ class Loader:
             max_seqlen=max(lengths),
             num_targets=int((labels != IGNORE).sum()),
         )
+
+
+def make_loader(
+    examples: Sequence[Example],
+    config: LoaderSettings,
+    tokenizer: PreTrainedTokenizerBase,
+    *,
+    rank: int,
+    world_size: int,
+    accumulation: int | None,
+) -> Loader:
+    """Return the loader of one rank: of training data in random order, or of evaluation data (accumulation=None)."""
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    return Loader(
+        examples,
+        batch_size=config.batch_size,
+        gradient_accumulation_steps=accumulation or 1,
+        context_length=config.context_length,
+        packing=config.packing,
+        rank=rank,
+        world_size=world_size,
+        seed=config.seed,
+        shuffle=accumulation is not None,
+        pad_token_id=pad,
+    )

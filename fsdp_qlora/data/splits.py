@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -11,7 +11,7 @@ from fsdp_qlora.data.formats import Row, load_rows
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.templates import ChatRenderer, Document, Piece, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Encoder, Example
-from fsdp_qlora.data_config import DataSettings
+from fsdp_qlora.data_config import DataSettings, RowSettings, named_datasets
 from fsdp_qlora.errors import DataError
 
 MAX_EVAL_ROWS = 1000
@@ -21,15 +21,15 @@ ENCODE_BATCH = 1000
 
 def load_splits(
     config: DataSettings, tokenizer: PreTrainedTokenizerBase
-) -> tuple[list[Example], list[Example], DataReport]:
+) -> tuple[list[Example], dict[str, list[Example]], DataReport]:
     """Read, check and tokenise the datasets of a run.
 
     All rows are checked before any is tokenised. The result depends on the settings, files and tokenizer only, so every
     rank gets the same.
 
     Returns:
-        Training examples, evaluation examples (of eval_dataset, or held out by eval_split), each of at most
-        context_length tokens and in the order of the file; and the counts of both.
+        Training examples; evaluation examples by the name of their set (of eval_dataset, or held out by eval_split under
+        ''), sets without any left out; each of at most context_length tokens and in the order of the file; and the counts.
 
     Raises:
         DataError: a dataset or row that cannot be used, or no training example left.
@@ -40,34 +40,38 @@ def load_splits(
     return train, evaluation, report
 
 
-def read_splits(config: DataSettings, report: DataReport) -> tuple[list[Row], list[Row]]:
-    """Return the checked training and evaluation rows; DataError for a dataset or row that cannot be used."""
+def read_splits(config: DataSettings, report: DataReport) -> tuple[list[Row], dict[str, list[Row]]]:
+    """Return the checked training rows, and evaluation rows by set; DataError for a dataset or row that cannot be used."""
     rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed)
-    if config.eval_dataset is not None:
-        return rows, load_rows(config.eval_dataset, config.dataset_format, report, seed=config.seed)
-    return hold_out(rows, config.eval_split, config.seed)
+    if config.eval_dataset is None:
+        train_rows, held_out = hold_out(rows, config.eval_split, config.seed)
+        return train_rows, {"": held_out}
+    datasets = named_datasets(config.eval_dataset)
+    return rows, {
+        name: load_rows(dataset, config.dataset_format, report, seed=config.seed) for name, dataset in datasets.items()
+    }
 
 
 def tokenize_splits(
     train_rows: list[Row],
-    eval_rows: list[Row],
+    eval_rows: Mapping[str, list[Row]],
     tokenizer: PreTrainedTokenizerBase,
     config: DataSettings,
     report: DataReport,
-) -> tuple[list[Example], list[Example]]:
-    """Return the examples of both splits and count them; DataError if none is left to train on."""
+) -> tuple[list[Example], dict[str, list[Example]]]:
+    """Return the examples of all splits and count them; DataError if none is left to train on."""
     train = tokenize_rows(train_rows, tokenizer, config, report)
-    evaluation = tokenize_rows(eval_rows, tokenizer, config, report)
+    evaluation = {name: tokenize_rows(rows, tokenizer, config, report) for name, rows in eval_rows.items()}
     if not train:
         raise DataError(
             f"dataset {config.dataset}: no training example is left of {len(train_rows)} rows; no answer begins within "
             f"--context_length {config.context_length}: raise it"
         )
     report.num_examples = len(train)
-    report.num_eval_examples = len(evaluation)
+    report.num_eval_examples = sum(map(len, evaluation.values()))
     report.num_tokens = sum(len(example.input_ids) for example in train)
     report.num_targets = sum(num_targets(example) for example in train)
-    return train, evaluation
+    return train, {name: examples for name, examples in evaluation.items() if examples}
 
 
 def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -84,7 +88,7 @@ def hold_out(rows: list[Row], share: float, seed: int) -> tuple[list[Row], list[
 
 
 def tokenize_rows(
-    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: DataSettings, report: DataReport
+    rows: list[Row], tokenizer: PreTrainedTokenizerBase, config: RowSettings, report: DataReport
 ) -> list[Example]:
     """Tokenise rows and cut them to context_length; examples without a target are dropped and counted.
 
@@ -93,7 +97,7 @@ def tokenize_rows(
     """
     if not rows:
         return []
-    renderer = ChatRenderer(tokenizer) if needs_template(rows, tokenizer) else None
+    renderer = make_renderer(rows, tokenizer)
     control_tokens = renderer.control_tokens if renderer else special_tokens(tokenizer)
     encoder = Encoder(tokenizer, control_tokens, all_targets=config.train_on == "all")
     examples: list[Example] = []
@@ -119,9 +123,10 @@ def tokenize_rows(
     return examples
 
 
-def needs_template(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> bool:
-    """Return whether rows are rendered by the chat template: conversations always, completions where there is one."""
-    return any(row.kind == "chat" or (row.kind == "completion" and tokenizer.chat_template) for row in rows)
+def make_renderer(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> ChatRenderer | None:
+    """Return what renders rows by the chat template: conversations always, completions where there is one."""
+    needed = any(row.kind == "chat" or (row.kind == "completion" and tokenizer.chat_template) for row in rows)
+    return ChatRenderer(tokenizer) if needed else None
 
 
 def to_document(row: Row, renderer: ChatRenderer | None) -> Document:
@@ -147,3 +152,13 @@ def truncate(example: Example, context_length: int) -> Example:
 def num_targets(example: Example) -> int:
     """Return how many tokens count in the loss; nothing predicts the first one."""
     return len(example.labels) - 1 - example.labels[1:].count(IGNORE)
+
+
+def check_vocabulary(examples: Sequence[Example], vocab_size: int) -> None:
+    """Raise DataError if a token has no row in the embedding; looking it up would fail late, or give zeros."""
+    largest = max(max(example.input_ids) for example in examples)
+    if largest >= vocab_size:
+        raise DataError(
+            f"the tokenizer makes token {largest} of this data, and the model has {vocab_size} tokens;"
+            " tokenizer files and config.json do not belong together: download the model again"
+        )

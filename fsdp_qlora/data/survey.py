@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from collections.abc import Sequence
@@ -12,10 +13,10 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.command_config import DataConfig
 from fsdp_qlora.data.formats import Row
-from fsdp_qlora.data.loader import Loader, LoaderStats
+from fsdp_qlora.data.loader import LoaderStats, make_loader
 from fsdp_qlora.data.report import DataReport
-from fsdp_qlora.data.splits import needs_template, read_splits, tokenize_splits
-from fsdp_qlora.data.templates import ChatRenderer, special_tokens
+from fsdp_qlora.data.splits import make_renderer, read_splits, tokenize_splits
+from fsdp_qlora.data.templates import special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Example
 
 MAX_BINS = 12
@@ -62,21 +63,14 @@ def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
     report = DataReport(bad_rows=config.bad_rows)
     train_rows, eval_rows = read_splits(config, report)
     train, evaluation = tokenize_splits(train_rows, eval_rows, tokenizer, config, report)
-    loader = Loader(
-        train,
-        batch_size=config.batch_size,
-        gradient_accumulation_steps=config.gradient_accumulation_steps,
-        context_length=config.context_length,
-        packing=config.packing,
-        rank=0,
-        world_size=config.gpus,
-        seed=config.seed,
-        shuffle=True,
-        pad_token_id=0,
+    loader = make_loader(
+        train, config, tokenizer, rank=0, world_size=config.gpus, accumulation=config.gradient_accumulation_steps
     )
     lengths = np.array(report.lengths)
     names = {"shortest": 0, "median": 50, "95 %": 95, "longest": 100}
-    warnings = [*_row_warnings([*train_rows, *eval_rows], tokenizer), *_example_warnings(train, evaluation, report)]
+    rows = [*train_rows, *itertools.chain(*eval_rows.values())]
+    evaluated = list(itertools.chain(*evaluation.values()))
+    warnings = [*_row_warnings(rows, tokenizer), *_example_warnings(train, evaluated, report)]
     return Survey(
         report,
         loader.stats(),
@@ -131,8 +125,8 @@ def _row_warnings(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> li
     """Return warnings about texts and roles."""
     warnings = []
     control_tokens = special_tokens(tokenizer)
-    if needs_template(rows, tokenizer):
-        renderer = ChatRenderer(tokenizer)
+    renderer = make_renderer(rows, tokenizer)
+    if renderer is not None:
         control_tokens = renderer.control_tokens
         num_system = sum(row.messages[0]["role"] == "system" for row in rows if row.messages)
         if renderer.merges_system and num_system:

@@ -120,7 +120,7 @@ def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
         world_size=ranks.world_size,
     )
     config = TrainConfig(max_steps=NUM_STEPS, lr=3e-4, max_grad_norm=MAX_GRAD_NORM, weight_decay=0.1)
-    return Trainer(config, ranks, built, loader, None)
+    return Trainer(config, ranks, built, loader, {})
 
 
 def train_on_rank(folder: Path, splits: list[Split]) -> list[dict[str, Any]]:

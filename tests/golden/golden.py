@@ -78,7 +78,7 @@ def train(
         shuffle=True,
         pad_token_id=0,
     )
-    trainer = Trainer(config, ranks, built, loader, None)
+    trainer = Trainer(config, ranks, built, loader, {})
     torch.manual_seed(config.seed)
     results: list[StepResult] = []
     epoch = index = 0

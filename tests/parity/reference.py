@@ -205,7 +205,7 @@ def smollm2(ranks: Ranks, context_length: int) -> tuple[Pair, data.Loader]:
 def make_trainer(built: BuiltModel, ranks: Ranks, loader: data.Loader | None = None, **settings: object) -> Trainer:
     """Return fsdp_qlora's trainer around a model; without a loader it serves `loss` and `train_step` only."""
     config = TrainConfig(**{"max_steps": 1, "lr_scheduler": "constant", "warmup_ratio": 0.0, **settings})
-    return Trainer(config, ranks, built, loader, None)
+    return Trainer(config, ranks, built, loader, {})
 
 
 @contextmanager

@@ -243,6 +243,12 @@ def test_every_setting_is_documented_in_a_section(cls: type) -> None:
         assert setting.section, setting.name
 
 
+@pytest.mark.parametrize("value", ["a=x.jsonl,a=y.jsonl", "a=x.jsonl,y.jsonl", "a=,b=y.jsonl", "a=x.jsonl,"])
+def test_names_of_evaluation_sets(value: str) -> None:
+    (problem,) = problems_of({"eval_dataset": value})
+    assert "must be one dataset, or name=dataset pairs with different names" in problem
+
+
 def test_rules_name_existing_settings() -> None:
     known = {setting.name for command in COMMANDS for setting in describe(command.settings)}
     assert set(config.RULES) <= known

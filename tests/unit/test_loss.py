@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fsdp_qlora import loss as loss_module
-from fsdp_qlora.loss import IGNORE, chunked_cross_entropy
+from fsdp_qlora.loss import IGNORE, chunked_cross_entropy, count_correct
 
 TOKENS, HIDDEN, VOCABULARY = 37, 16, 50
 ROW_BYTES = 4 * VOCABULARY
@@ -138,3 +138,15 @@ def test_head_gets_no_gradient() -> None:
     head.requires_grad_()
     chunked_cross_entropy(hidden, head, labels).backward()
     assert head.grad is None
+
+
+@pytest.mark.parametrize("rows", [1, 5, TOKENS, 1000])
+def test_correct_targets_are_counted_in_chunks(monkeypatch: pytest.MonkeyPatch, rows: int) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", rows * ROW_BYTES)
+    hidden, head, labels = make_inputs()
+    best = (hidden.double() @ head.double().t()).argmax(-1)
+    labels[::3] = best[::3]
+    expected = int((best == labels).sum())
+    assert TOKENS // 3 <= expected < TOKENS
+    assert int(count_correct(hidden, head, labels)) == expected
+    assert int(count_correct(hidden[:0], head, labels[:0])) == 0, "a rank without targets"

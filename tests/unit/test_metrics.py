@@ -131,7 +131,7 @@ def install_wandb(monkeypatch: pytest.MonkeyPatch, failing: str) -> tuple[FakeRu
             raise ConnectionError("cannot reach api.wandb.ai")
         return run
 
-    module.init, module.Settings = init, dict  # type: ignore[attr-defined]
+    module.init, module.Settings, module.Table = init, dict, dict  # type: ignore[attr-defined]
     monkeypatch.setitem(sys.modules, "wandb", module)
     return run, given
 
@@ -169,6 +169,21 @@ def test_tensorboard(tmp_path: Path) -> None:
     log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="tensorboard"))
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert [(event.step, event.value) for event in events.Scalars("loss")] == [(1, 1.0), (2, 1.0), (3, 1.0)]
+
+
+def test_answers_are_logged_everywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run, _ = install_wandb(monkeypatch, "")
+    with Metrics(TrainConfig(output_dir=str(tmp_path), log_to="wandb,tensorboard"), {}, 3, enabled=True) as metrics:
+        metrics.log_samples([{"prompt": "1+1?", "answer": "2"}], 3)
+    assert records(tmp_path)[0]["samples"] == [{"prompt": "1+1?", "answer": "2"}]
+    assert run.logged == 1
+    events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
+    assert any("sample 1" in tag for tag in events.Tags()["tensors"])
+    assert capsys.readouterr().out == "step 3: '1+1?' -> '2'\n"
 
 
 def test_several_trackers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

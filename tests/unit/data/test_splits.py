@@ -41,10 +41,10 @@ def texts(examples: list[Example]) -> list[str]:
 def test_hold_out(hundred: str) -> None:
     tokenizer = tiny_tokenizer("chatml")
     train, evaluation, report = load_splits(config(hundred, eval_split=0.1), tokenizer)
-    assert (len(train), len(evaluation)) == (90, 10) == (report.num_examples, report.num_eval_examples)
+    assert (len(train), len(evaluation[""])) == (90, 10) == (report.num_examples, report.num_eval_examples)
     everything, nothing, _ = load_splits(config(hundred), tokenizer)
-    assert nothing == []
-    assert sorted(texts(train + evaluation)) == sorted(texts(everything))
+    assert nothing == {}
+    assert sorted(texts(train + evaluation[""])) == sorted(texts(everything))
     again = load_splits(config(hundred, eval_split=0.1), tokenizer)
     assert again[:2] == (train, evaluation)
     other = load_splits(config(hundred, eval_split=0.1, seed=7), tokenizer)
@@ -55,13 +55,13 @@ def test_hold_out(hundred: str) -> None:
 def test_hold_out_of_few_rows(tmp_path: Path, rows: int, share: float, expected: int) -> None:
     dataset = write(tmp_path / "a.jsonl", [chat("q", f"a {i}") for i in range(rows)])
     train, evaluation, _ = load_splits(config(dataset, eval_split=share), tiny_tokenizer("chatml"))
-    assert (len(train), len(evaluation)) == (rows - expected, expected)
+    assert (len(train), len(evaluation.get("", []))) == (rows - expected, expected)
 
 
 def test_hold_out_is_at_most_1000_rows(tmp_path: Path) -> None:
     dataset = write(tmp_path / "a.jsonl", [{"text": f"{i}"} for i in range(2500)])
     train, evaluation, _ = load_splits(config(dataset, eval_split=0.8), tiny_tokenizer("chatml"))
-    assert (len(train), len(evaluation)) == (1500, 1000)
+    assert (len(train), len(evaluation[""])) == (1500, 1000)
 
 
 def test_eval_dataset(tmp_path: Path, hundred: str) -> None:
@@ -69,8 +69,17 @@ def test_eval_dataset(tmp_path: Path, hundred: str) -> None:
     train, evaluation, report = load_splits(
         config(hundred, eval_dataset=other, eval_split=0.5), tiny_tokenizer("chatml")
     )
-    assert (len(train), len(evaluation), report.num_rows) == (100, 1, 101)
-    assert texts(evaluation) == ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"]
+    assert (len(train), len(evaluation[""]), report.num_rows) == (100, 1, 101)
+    assert texts(evaluation[""]) == ["<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"]
+
+
+def test_several_eval_datasets(tmp_path: Path, hundred: str) -> None:
+    easy = write(tmp_path / "easy.jsonl", [chat("q", "a")])
+    hard = write(tmp_path / "hard.jsonl", [{"text": "b"}, {"text": "c"}])
+    settings = config(hundred, eval_dataset=f"easy={easy},hard-1={hard}")
+    train, evaluation, report = load_splits(settings, tiny_tokenizer("chatml"))
+    assert (len(train), {name: len(rows) for name, rows in evaluation.items()}) == (100, {"easy": 1, "hard-1": 2})
+    assert report.num_eval_examples == 3
 
 
 def test_truncation_and_dropped_rows_are_reported(tmp_path: Path) -> None:
