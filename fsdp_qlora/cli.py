@@ -103,7 +103,7 @@ def _dispatch(arguments: list[str]) -> None:
     if any(argument in _HELP for argument in rest):
         print(command_help(command))
         return
-    flags, problems = _flags(command, rest)
+    flags, problems = read_flags(command, rest)
     fire.Fire(_component(command, problems), command=flags, name=f"fsdp-qlora {name}")
 
 
@@ -134,7 +134,7 @@ def _run(command: Command, overrides: dict[str, str], config_file: str | None, p
         raise
 
 
-def _flags(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+def read_flags(command: Command, arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     """Write every flag as --name=value, so that fire guesses nothing; return the flags and the problems found.
 
     A boolean --flag without value is true, --noflag is false.

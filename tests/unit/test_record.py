@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from fsdp_qlora import config as config_module
-from fsdp_qlora.cli import COMMANDS, _flags
+from fsdp_qlora.cli import COMMANDS, read_flags
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks, process_group
 from fsdp_qlora.record import command, describe, write_record
@@ -46,7 +46,7 @@ def test_record_says_what_was_run(ranks: Ranks) -> None:
 def test_the_recorded_command_repeats_the_run(ranks: Ranks, config: TrainConfig) -> None:
     start, script, *arguments = shlex.split(command(config, ranks))
     assert (start, script) == ("python", "train.py")
-    flags, problems = _flags(COMMANDS[0], arguments)
+    flags, problems = read_flags(COMMANDS[0], arguments)
     assert problems == []
     overrides = dict(flag.removeprefix("--").split("=", 1) for flag in flags)
     assert config_module.parse(overrides) == config

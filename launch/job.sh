@@ -1,0 +1,106 @@
+# shellcheck shell=bash
+# What the launch files share. Sourced, not run; launch/README.md explains it.
+
+# Print the reason and end the job: it could never work.
+fail() {
+    echo "error: $*" >&2
+    exit 2
+}
+
+# has_flag NAME ARGUMENTS...: whether --NAME, --NAME=... or the same with '-' for '_' is among the arguments.
+has_flag() {
+    local name=$1 argument
+    shift
+    for argument in "$@"; do
+        argument=${argument%%=*}
+        if [[ ${argument//-/_} == "__$name" ]]; then return 0; fi
+    done
+    return 1
+}
+
+# Go to the repository and set what the user has not set.
+prepare() {
+    local home=$1
+    cd "$home" || fail "$home is not there"
+    if [[ -z ${VIRTUAL_ENV:-}${CONDA_PREFIX:-} && -f .venv/bin/activate ]]; then
+        # shellcheck source=/dev/null
+        source .venv/bin/activate
+    fi
+    command -v torchrun >/dev/null || fail "no torchrun; make .venv with scripts/setup.sh, or activate your environment"
+    # One rank a GPU. SLURM says how many it gave (--gpus-per-node); without any, one rank computes on the CPU.
+    nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    # More threads than cores slow every rank down; torchrun's own default of 1 leaves cores idle.
+    local cores=${SLURM_CPUS_PER_TASK:-$(nproc --all)}
+    export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / nproc > 0 ? cores / nproc : 1))}
+    export PYTHONUNBUFFERED=1
+    # A disk of each node's own: every node downloads once. Without it HF_HOME is shared, and the cluster downloads once.
+    if [[ -n ${LOCAL_DISK:-} ]]; then export HF_HOME=$LOCAL_DISK/huggingface; fi
+    # torchrun kills ranks this many seconds after it passed SIGTERM on; they save in that time. Less than the lead of
+    # '#SBATCH --signal', so that the script is still alive afterwards.
+    export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
+}
+
+# collect_arguments ARGUMENTS...: set the array `arguments`, those of train.py, for this job or task of an array.
+collect_arguments() {
+    arguments=("$@")
+    local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
+    if [[ -n ${SWEEP:-} ]]; then
+        [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "SWEEP=$SWEEP needs a job array: sbatch --array=1-N"
+        local line extra
+        line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP") || fail "SWEEP=$SWEEP cannot be read"
+        [[ -n $line ]] || fail "$SWEEP has no line $SLURM_ARRAY_TASK_ID; submit with --array=1-$(wc -l <"$SWEEP")"
+        # xargs reads quotes as a shell does, and runs nothing
+        mapfile -t extra < <(xargs -n 1 printf '%s\n' <<<"$line")
+        arguments+=("${extra[@]}")
+    fi
+    if ! has_flag output_dir "${arguments[@]}" && ! has_flag config "${arguments[@]}"; then
+        arguments+=(--output_dir "runs/${SLURM_JOB_NAME:-fsdp-qlora}-$job")
+    fi
+    if ! has_flag resume "${arguments[@]}"; then arguments+=(--resume auto); fi
+}
+
+# requeue_says [--signalled] begin|end: ask whether to go on; the answer is the exit code.
+requeue_says() {
+    python -m fsdp_qlora.requeue --max_fruitless "${MAX_FRUITLESS:-3}" "$@" "${arguments[@]}"
+}
+
+# train COMMAND...: run the launcher with the arguments; afterwards end the job, or put it back into the queue.
+# `stop_training` must be defined: it asks the launcher whose pid is $launcher to end.
+train() {
+    local answer=0 code=0
+    signalled=()
+    requeue_says begin || answer=$?
+    if [[ $answer == 3 ]]; then exit 0; fi # complete
+    if [[ $answer != 0 ]]; then exit "$answer"; fi
+
+    "$@" train.py "${arguments[@]}" &
+    launcher=$!
+    # --signal=B:USR1@... before the time limit; TERM on preemption, scancel and scontrol requeue
+    trap 'pass_on USR1' USR1
+    trap 'pass_on TERM' TERM
+    # a trapped signal ends `wait` early, with a code above 128, while the launcher is still saving
+    while true; do
+        code=0
+        wait "$launcher" || code=$?
+        kill -0 "$launcher" 2>/dev/null || break
+    done
+    echo "launcher ended with exit code $code"
+
+    answer=0
+    requeue_says "${signalled[@]}" end || answer=$?
+    if [[ $answer == 75 ]]; then
+        scontrol requeue "$SLURM_JOB_ID" || fail "scontrol could not requeue job $SLURM_JOB_ID; submit it again to go on"
+        exit 0
+    fi
+    # torchrun exits with 1 after a signal although all ranks saved; a complete run is a success
+    exit "$answer"
+}
+
+# pass_on SIGNAL: the trap. Once is enough: a second signal would cut short the saving.
+pass_on() {
+    echo "received SIG$1: telling the ranks to save and stop"
+    if ((${#signalled[@]} == 0)); then
+        signalled=(--signalled)
+        stop_training
+    fi
+}
