@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -16,10 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import cli, config
+from fsdp_qlora.checkpoint import checkpoint_folders, step_of
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.files import write_file
+from fsdp_qlora.run_folder import EXIT
 
-GO, REQUEUE, COMPLETE, GIVE_UP = 0, 75, 3, 1
-"""Exit codes: start (after `begin`) or done (after `end`); back into the queue; done long ago; an error, stay out."""
+GO, REQUEUE, GIVE_UP = 0, 75, 1
+"""Exit codes: start (after `begin`) or done (after `end`); back into the queue; an error, stay out of it."""
+
+ADVICE = "Read the log from its end, and mend or lengthen the job before submitting it again"
 
 
 @dataclass(frozen=True)
@@ -76,20 +80,16 @@ def output_dir(arguments: Sequence[str]) -> Path:
 
 def begin(run_dir: Path, max_fruitless: int) -> tuple[int, str]:
     """Return whether to start an attempt, as exit code and words; forget how the last one ended."""
-    attempts, status = _read(run_dir), _status(run_dir)
-    if status == "completed":
-        return COMPLETE, f"{run_dir} is complete; nothing to do"
+    attempts = _read(run_dir)
     if attempts.running:  # killed with its machine, or requeued by hand: it could not say how it ended
         attempts = attempts.ended(saved_step(run_dir))
     if attempts.fruitless >= max_fruitless:
         _write(run_dir, Attempts(attempts.step))  # a job that is submitted anew starts counting anew
         return GIVE_UP, f"{attempts.fruitless} attempts got no further than step {attempts.step}; giving up. {ADVICE}"
-    (run_dir / "exit.json").unlink(missing_ok=True)
+    if _status(run_dir) != "completed":  # by which training sees that there is nothing left to do
+        (run_dir / EXIT).unlink(missing_ok=True)
     _write(run_dir, replace(attempts, running=True))
     return GO, f"starting from step {attempts.step}, {attempts.fruitless} of {max_fruitless} attempts without progress"
-
-
-ADVICE = "Read the log from its end, and mend or lengthen the job before submitting it again"
 
 
 def end(run_dir: Path, max_fruitless: int, signalled: bool) -> tuple[int, str]:
@@ -117,9 +117,8 @@ def end(run_dir: Path, max_fruitless: int, signalled: bool) -> tuple[int, str]:
 
 def saved_step(run_dir: Path) -> int:
     """Return the newest step that is saved, 0 for none: from the checkpoints' names and the note of the last exit."""
-    names = (re.fullmatch(r"step-(\d+)", path.name) for path in (run_dir / "checkpoints").glob("step-*"))
-    note = _exit_note(run_dir).get("saved_step")
-    return max([note or 0, *(int(match[1]) for match in names if match)])
+    steps = [step_of(folder) or 0 for folder in checkpoint_folders(run_dir)]
+    return max([_exit_note(run_dir).get("saved_step") or 0, *steps])
 
 
 def _status(run_dir: Path) -> str:
@@ -128,12 +127,12 @@ def _status(run_dir: Path) -> str:
 
 def _exit_note(run_dir: Path) -> dict[str, Any]:
     """Return exit.json; {} without one, as after a crash."""
-    path = run_dir / "exit.json"
+    path = run_dir / EXIT
     return dict(json.loads(path.read_text())) if path.exists() else {}
 
 
 def _state_file(run_dir: Path) -> Path:
-    """Return where the attempts are counted: outside the run folder, which must be empty when training starts afresh."""
+    """Return where the attempts are counted: beside the run folder, in which training wants nobody else's files."""
     return run_dir.with_name(f"{run_dir.name}.attempts.json")
 
 
@@ -145,9 +144,7 @@ def _read(run_dir: Path) -> Attempts:
 def _write(run_dir: Path, attempts: Attempts) -> None:
     path = _state_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(asdict(attempts)) + "\n")
-    partial.replace(path)
+    write_file(path, (json.dumps(asdict(attempts)) + "\n").encode())
 
 
 if __name__ == "__main__":

@@ -56,7 +56,6 @@ collect_arguments() {
     if ! has_flag output_dir "${arguments[@]}" && ! has_flag config "${arguments[@]}"; then
         arguments+=(--output_dir "runs/${SLURM_JOB_NAME:-fsdp-qlora}-$job")
     fi
-    if ! has_flag resume "${arguments[@]}"; then arguments+=(--resume auto); fi
 }
 
 # requeue_says [--signalled] begin|end: ask whether to go on; the answer is the exit code.
@@ -65,12 +64,11 @@ requeue_says() {
 }
 
 # train COMMAND...: run the launcher with the arguments; afterwards end the job, or put it back into the queue.
-# `stop_training` must be defined: it asks the launcher whose pid is $launcher to end.
+# `stop_training SIGNAL` must be defined: the signal has come, and the launcher whose pid is $launcher is to end.
 train() {
     local answer=0 code=0
     signalled=()
     requeue_says begin || answer=$?
-    if [[ $answer == 3 ]]; then exit 0; fi # complete
     if [[ $answer != 0 ]]; then exit "$answer"; fi
 
     "$@" train.py "${arguments[@]}" &
@@ -96,11 +94,11 @@ train() {
     exit "$answer"
 }
 
-# pass_on SIGNAL: the trap. Once is enough: a second signal would cut short the saving.
+# pass_on SIGNAL: the trap. Once is enough: ranks that get a second signal end without saving.
 pass_on() {
     echo "received SIG$1: telling the ranks to save and stop"
     if ((${#signalled[@]} == 0)); then
         signalled=(--signalled)
-        stop_training
+        stop_training "$1"
     fi
 }

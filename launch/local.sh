@@ -11,5 +11,4 @@ if [[ -z ${NPROC_PER_NODE:-} ]] && command -v nvidia-smi >/dev/null; then
     NPROC_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
 fi
 prepare "$home"
-if ! has_flag resume "$@"; then set -- "$@" --resume auto; fi
 exec torchrun --standalone --nproc_per_node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" train.py "$@"

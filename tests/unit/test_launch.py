@@ -136,7 +136,7 @@ def test_arguments_pass_through(job: Job, file: str) -> None:
     code, out = job.run(file, *odd)
     assert code == 0, out
     called = job.called("torchrun")
-    assert called[called.index("train.py") :] == ["train.py", *odd, "--resume", "auto"]
+    assert called[called.index("train.py") :] == ["train.py", *odd]
     assert called[called.index("--nproc_per_node") + 1] == "4"
     assert job.variable("OMP_NUM_THREADS") == "4"
     assert job.called("scontrol") == []
@@ -172,10 +172,10 @@ def test_a_disk_of_each_node_holds_its_downloads(job: Job) -> None:
 
 def test_a_run_folder_of_its_own_for_every_job(job: Job) -> None:
     assert job.run("slurm_single_node.sbatch")[0] == 0
-    assert job.called("torchrun")[-4:] == ["--output_dir", "runs/tune-4242", "--resume", "auto"]
+    assert job.called("torchrun")[-2:] == ["--output_dir", "runs/tune-4242"]
     task = {"SLURM_ARRAY_JOB_ID": "4240", "SLURM_ARRAY_TASK_ID": "2"}
     assert job.run("slurm_single_node.sbatch", **task)[0] == 0
-    assert job.called("torchrun")[-4:] == ["--output_dir", "runs/tune-4240-2", "--resume", "auto"]
+    assert job.called("torchrun")[-2:] == ["--output_dir", "runs/tune-4240-2"]
 
 
 def test_wrong_settings_end_the_job_before_anything_starts(job: Job) -> None:
@@ -193,7 +193,7 @@ def test_a_line_of_the_sweep_for_every_task(job: Job, tmp_path: Path) -> None:
     assert job.run("slurm_single_node.sbatch", "--seed", "7", SLURM_ARRAY_TASK_ID="2", **task)[0] == 0
     called = job.called("torchrun")
     expected = ["--seed", "7", "--lr", "1e-4", "--run_name", "two words", "--output_dir", f"{out}/b"]
-    assert called[called.index("train.py") + 1 :] == [*expected, "--resume", "auto"]
+    assert called[called.index("train.py") + 1 :] == expected
     code, text = job.run("slurm_single_node.sbatch", SLURM_ARRAY_TASK_ID="3", **task)
     assert code == 2
     assert "has no line 3; submit with --array=1-2" in text
@@ -201,19 +201,32 @@ def test_a_line_of_the_sweep_for_every_task(job: Job, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("file", JOBS)
-@pytest.mark.parametrize("received", [signal.SIGUSR1, signal.SIGTERM])
-def test_a_signal_lets_the_ranks_save_and_requeues(job: Job, file: str, received: signal.Signals) -> None:
+def test_the_time_limit_lets_the_ranks_save_and_requeues(job: Job, file: str) -> None:
     process = job.start(file, "--output_dir", str(job.output_dir), BEHAVIOUR="preempted")
     deadline = time.monotonic() + 30
     while not (job.record / "started").exists() and time.monotonic() < deadline:
         time.sleep(0.05)
-    process.send_signal(received)
-    process.send_signal(received)
+    process.send_signal(signal.SIGUSR1)
+    process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
     assert json.loads((job.output_dir / "exit.json").read_text())["saved_step"] == 4, "it had time to save"
     assert job.called("scontrol") == ["requeue 4242"]
     assert "interrupted with step 4 saved" in out
+
+
+@pytest.mark.parametrize("file", JOBS)
+def test_sigterm_requeues_too_but_reaches_the_tasks_of_srun_through_slurm(job: Job, file: str) -> None:
+    process = job.start(file, "--output_dir", str(job.output_dir), BEHAVIOUR="preempted")
+    while not (job.record / "started").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    if file == "slurm_multi_node.sbatch":  # as slurmd does
+        os.kill(int(job.called("srun_pid")[0]), signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
+    assert job.called("scancel") == [], "a second SIGTERM would end ranks that are saving"
+    assert job.called("scontrol") == ["requeue 4242"]
 
 
 @pytest.mark.parametrize("file", JOBS)
@@ -223,15 +236,6 @@ def test_an_error_is_not_requeued(job: Job, file: str, behaviour: str) -> None:
     assert code == 1
     assert "not requeued" in out
     assert job.called("scontrol") == []
-
-
-def test_a_complete_run_is_not_started_again(job: Job) -> None:
-    arguments = ["slurm_single_node.sbatch", "--output_dir", str(job.output_dir)]
-    assert job.run(*arguments)[0] == 0
-    (job.record / "torchrun").unlink()
-    code, out = job.run(*arguments)
-    assert (code, job.called("torchrun")) == (0, [])
-    assert "is complete; nothing to do" in out
 
 
 def test_gives_up_after_fruitless_attempts(job: Job) -> None:
@@ -266,5 +270,5 @@ def test_local(job: Job) -> None:
     assert code == 0, out
     assert job.called("torchrun") == [
         *("--standalone", "--nproc_per_node", "2", "--max-restarts", "1"),
-        *("train.py", "--lr", "1e-3", "--resume", "auto"),
+        *("train.py", "--lr", "1e-3"),
     ]

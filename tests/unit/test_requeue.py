@@ -9,7 +9,7 @@ import pytest
 
 from fsdp_qlora import requeue
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.requeue import COMPLETE, GIVE_UP, GO, REQUEUE
+from fsdp_qlora.requeue import GIVE_UP, GO, REQUEUE
 
 TRIES = 3
 
@@ -40,9 +40,11 @@ def attempt(run_dir: Path, status: str | None, saved_step: int | None = None, si
     return requeue.end(run_dir, TRIES, signalled)[0]
 
 
-def test_a_complete_run_is_done_and_not_started_again(run_dir: Path) -> None:
+def test_a_complete_run_is_done_and_stays_known_as_complete(run_dir: Path) -> None:
     assert attempt(run_dir, "completed", 100) == GO
-    assert requeue.begin(run_dir, TRIES)[0] == COMPLETE
+    assert requeue.begin(run_dir, TRIES)[0] == GO
+    assert (run_dir / "exit.json").exists(), "training looks there, and ends at once"
+    assert requeue.end(run_dir, TRIES, signalled=False)[0] == GO
 
 
 def test_preemptions_that_save_go_back_for_ever(run_dir: Path) -> None:
