@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
@@ -15,13 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from fsdp_qlora import cli, config
-from fsdp_qlora.checkpoint import checkpoint_folders, step_of
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.files import write_file
-from fsdp_qlora.run_folder import EXIT
 
 GO, REQUEUE, GIVE_UP = 0, 75, 1
 """Exit codes: start (after `begin`) or done (after `end`); back into the queue; an error, stay out of it."""
+
+EXIT, CHECKPOINTS, CHECKPOINT = "exit.json", "checkpoints", re.compile(r"step-(\d{6,})")
+"""Names of run_folder.py and checkpoint.py. Those import torch, which takes long where a whole cluster reads one disk."""
 
 ADVICE = "Read the log from its end, and mend or lengthen the job before submitting it again"
 
@@ -117,8 +118,8 @@ def end(run_dir: Path, max_fruitless: int, signalled: bool) -> tuple[int, str]:
 
 def saved_step(run_dir: Path) -> int:
     """Return the newest step that is saved, 0 for none: from the checkpoints' names and the note of the last exit."""
-    steps = [step_of(folder) or 0 for folder in checkpoint_folders(run_dir)]
-    return max([_exit_note(run_dir).get("saved_step") or 0, *steps])
+    names = (CHECKPOINT.fullmatch(path.name) for path in (run_dir / CHECKPOINTS).glob("step-*"))
+    return max([_exit_note(run_dir).get("saved_step") or 0, *(int(name[1]) for name in names if name)])
 
 
 def _status(run_dir: Path) -> str:
@@ -144,7 +145,9 @@ def _read(run_dir: Path) -> Attempts:
 def _write(run_dir: Path, attempts: Attempts) -> None:
     path = _state_file(run_dir)
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_file(path, (json.dumps(asdict(attempts)) + "\n").encode())
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(asdict(attempts)) + "\n")
+    partial.replace(path)
 
 
 if __name__ == "__main__":

@@ -53,6 +53,11 @@ exit "${SCONTROL_CODE:-0}"
 """
 
 
+SQUEUE = """#!/usr/bin/env bash
+echo "${STATE:-}"
+"""
+
+
 @dataclass
 class Job:
     """A folder with the stand-ins and what they wrote, and the environment in which to run a launch file."""
@@ -95,7 +100,8 @@ def job(tmp_path: Path) -> Job:
     commands.mkdir()
     home.mkdir()
     (home / "launch").symlink_to(LAUNCH)
-    for name, text in {"torchrun": TORCHRUN, "srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL}.items():
+    stand_ins = {"torchrun": TORCHRUN, "srun": SRUN, "scancel": SCANCEL, "scontrol": SCONTROL, "squeue": SQUEUE}
+    for name, text in stand_ins.items():
         (commands / name).write_text(text)
         (commands / name).chmod(0o755)
     kept = {name: value for name, value in os.environ.items() if not name.startswith("SLURM")}
@@ -257,6 +263,16 @@ def test_a_scheduler_that_refuses_is_reported(job: Job) -> None:
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 2
     assert "submit it again to go on" in out
+
+
+def test_a_job_that_slurm_has_requeued_itself_is_fine(job: Job) -> None:
+    in_queue = {"BEHAVIOUR": "preempted", "SCONTROL_CODE": "1", "STATE": "PENDING"}
+    process = job.start("slurm_single_node.sbatch", "--output_dir", str(job.output_dir), **in_queue)
+    while not (job.record / "started").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    out, _ = process.communicate(timeout=30)
+    assert process.returncode == 0, out
 
 
 def test_submitted_from_elsewhere(job: Job) -> None:

@@ -7,11 +7,21 @@ from pathlib import Path
 
 import pytest
 
-from fsdp_qlora import requeue
+from fsdp_qlora import checkpoint as training_checkpoint
+from fsdp_qlora import requeue, run_folder
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.requeue import GIVE_UP, GO, REQUEUE
 
 TRIES = 3
+
+
+def test_names_are_those_of_training() -> None:
+    assert (requeue.EXIT, requeue.CHECKPOINTS) == (run_folder.EXIT, training_checkpoint.FOLDER)
+    assert [bool(requeue.CHECKPOINT.fullmatch(training_checkpoint.name_of(step))) for step in (0, 10**7)] == [
+        True,
+        True,
+    ]
+    assert not requeue.CHECKPOINT.fullmatch("step-000010.partial-abc")
 
 
 @pytest.fixture
