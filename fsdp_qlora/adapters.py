@@ -18,12 +18,11 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import CheckpointError, ModelError
 from fsdp_qlora.files import FileRecord, write_new, write_tensors
+from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
 
-WEIGHTS_FILE = "adapter_model.safetensors"
-CONFIG_FILE = "adapter_config.json"
 PREFIX = "base_model.model."
 
 UNSUPPORTED = (
@@ -130,12 +129,6 @@ def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: P
             raise CheckpointError(
                 f"{folder}: the adapter cannot be written ({error.strerror}); free space or choose another --output_dir"
             ) from error
-
-
-def find_adapter(folder: Path) -> Path:
-    """Return the adapter's own folder where that of its training run is given."""
-    inner = folder / "adapter"
-    return inner if (inner / CONFIG_FILE).exists() and not (folder / CONFIG_FILE).exists() else folder
 
 
 def read_adapter_config(folder: Path, applied: Collection[str] = ()) -> dict[str, Any]:

@@ -104,3 +104,27 @@ class MergeConfig:
 
     debug: bool = False
     """Show Python tracebacks of errors."""
+
+
+@dataclass(frozen=True)
+class PushConfig:
+    """Settings of publishing an adapter or a merged model. The token is taken from HF_TOKEN."""
+
+    # --- what and where ---
+    folder: str
+    """Folder of a training run, an adapter or a merged model."""
+
+    repo: str
+    """Repository on the hub, owner/name; made if it is not there."""
+
+    private: bool = False
+    """Make the repository private."""
+
+    base_model: str | None = None
+    """Hub id of the base model, for the card and the adapter's config; default: the recorded one."""
+
+    dry_run: bool = False
+    """Print the model card and the names of the files, and send nothing."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""

@@ -55,6 +55,7 @@ COMMANDS = (
     Command(
         "evaluate", "Measure an adapter, or a base model, on a dataset.", "fsdp_qlora.scoring", config.EvaluateConfig
     ),
+    Command("push", "Publish an adapter or a merged model on the hub.", "fsdp_qlora.push", config.PushConfig),
     Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
 )
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
 from fsdp_qlora.checkpoint_config import MergeConfig as MergeConfig
+from fsdp_qlora.checkpoint_config import PushConfig as PushConfig
 from fsdp_qlora.checkpoint_config import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.checkpoint_config import is_size
 from fsdp_qlora.command_config import DataConfig as DataConfig
@@ -219,6 +220,7 @@ def _is_trackers(text: str) -> bool:
     return text == "none" or all(name.strip() in TRACKERS for name in text.split(","))
 
 
+_HUB_ID = Rule(lambda value: re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) is not None, "owner/name")
 _SHARE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
@@ -262,6 +264,8 @@ RULES: dict[str, Rule] = {
         _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
     ),
     "log_to": Rule(_is_trackers, f"none, or some of {', '.join(TRACKERS)} separated by commas"),
+    "repo": _HUB_ID,
+    "base_model": _HUB_ID,
     "max_shard_size": Rule(is_size, "a number with KB, MB or GB, such as 5GB"),
     "max_new_tokens": _at_least(1),
     "offload_blocks": _at_least(0),

@@ -16,16 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import find_adapter, read_adapter_config
+from fsdp_qlora.adapters import read_adapter_config
 from fsdp_qlora.build import load_tokenizer
 from fsdp_qlora.config import MergeConfig
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.merge_error import LogitError, Variant, compare, logits, table, tokenize
-from fsdp_qlora.merged_weights import APPLIED, Adapter, Weights, open_adapter
+from fsdp_qlora.merged_weights import APPLIED, Adapter, Weights, stream_adapter
 from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.output_files import find_adapter, read_record
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
-from fsdp_qlora.record import read_record, write_record
+from fsdp_qlora.record import write_record
 from fsdp_qlora.standalone import (
     RUN_WEIGHTS,
     Source,
@@ -130,7 +131,7 @@ def run(config: MergeConfig) -> None:
     output = check_folders(config.output_dir, base_folder, folder)
     tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder
     prompts = tokenize(load_tokenizer(tokenizer_folder)) if config.measure else None
-    with open_source(base_folder) as source, open_adapter(folder, source) as adapter:
+    with open_source(base_folder) as source, stream_adapter(folder, source) as adapter:
         merge = _plan(config, source, adapter, record, device)
         _write(config, merge, output, folder)
         details = {

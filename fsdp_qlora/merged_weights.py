@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import WEIGHTS_FILE, matrix_name, read_adapter_config
+from fsdp_qlora.adapters import matrix_name, read_adapter_config
 from fsdp_qlora.errors import CheckpointError, WeightsError
+from fsdp_qlora.output_files import WEIGHTS_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.standalone import Source
@@ -101,7 +102,7 @@ class Adapter:
 
 
 @contextmanager
-def open_adapter(folder: Path, source: Source) -> Iterator[Adapter]:
+def stream_adapter(folder: Path, source: Source) -> Iterator[Adapter]:
     """Open an adapter for a base.
 
     Raises:

@@ -13,7 +13,6 @@ from typing import Any
 from fsdp_qlora import __version__
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks
-from fsdp_qlora.errors import CheckpointError
 from fsdp_qlora.files import write_file
 from fsdp_qlora.redact import redact
 from fsdp_qlora.settings import show
@@ -62,26 +61,6 @@ def describe(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:
     }
     redacted: dict[str, Any] = json.loads(redact(json.dumps(record)))
     return redacted
-
-
-def read_record(folder: Path) -> dict[str, Any]:
-    """Return the run.json of a run's folder, or of its adapter or one in its checkpoints; {} where there is none.
-
-    Raises:
-        CheckpointError: it is damaged.
-    """
-    folder = folder.resolve()
-    candidates = [folder, folder.parent]
-    if folder.parent.parent.name == "checkpoints":  # run/checkpoints/step-000100/adapter
-        candidates.append(folder.parents[2])
-    for path in (candidate / "run.json" for candidate in candidates):
-        if path.exists():
-            try:
-                record = json.loads(path.read_text())
-            except (OSError, ValueError) as error:
-                raise CheckpointError(f"{path}: is unreadable ({error}); restore or remove it") from error
-            return record if isinstance(record, dict) else {}
-    return {}
 
 
 def write_record(folder: Path, record: dict[str, Any]) -> None:

@@ -16,8 +16,8 @@ from fsdp_qlora.checkpoint_config import size_in_bytes
 from fsdp_qlora.errors import CheckpointError, ConfigError
 from fsdp_qlora.files import write_file
 from fsdp_qlora.models.families import Family
-from fsdp_qlora.models.hub import TEXT_FILES
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
+from fsdp_qlora.output_files import SIDE_FILES, STATE_FILE
 from fsdp_qlora.quant.adapt import QuantSettings, block_linears
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.weights.bnb_format import slots, write_quantized
@@ -31,9 +31,8 @@ from fsdp_qlora.weights.source import (
     model_names,
     require_finite,
 )
-from fsdp_qlora.weights.writer import STATE_FILE, Part, Sink, Slot, Written, begin, complete, write_shards
+from fsdp_qlora.weights.writer import Part, Sink, Slot, Written, begin, complete, write_shards
 
-SIDE_FILES = (*TEXT_FILES, "LICENSE*", "NOTICE*", "USE_POLICY*")
 _NOT_COPIED = ("config.json", "adapter_config.json", "run.json", STATE_FILE)
 
 RUN_WEIGHTS = 1 << 22

@@ -19,12 +19,9 @@ from torch import Tensor
 
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.files import FileRecord, fsync_folder, record_of, write_file
+from fsdp_qlora.output_files import INDEX_FILE, STATE_FILE
 from fsdp_qlora.weights.index import DTYPES
 
-STATE_FILE = "unfinished.json"
-"""What is known of a checkpoint in the making; removed when it is complete."""
-
-INDEX_FILE = "model.safetensors.index.json"
 MAX_TEXT_BYTES = 9_999
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

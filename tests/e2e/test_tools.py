@@ -9,7 +9,7 @@ import sys
 import time
 from pathlib import Path
 
-from fsdp_qlora.weights.writer import STATE_FILE
+from fsdp_qlora.output_files import STATE_FILE
 
 COMMAND = [sys.executable, "-c", "from fsdp_qlora.cli import main; main()"]
 ROOT = Path(__file__).parents[2]

@@ -18,9 +18,9 @@ from fsdp_qlora.build import build_model
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.distributed import Ranks, process_group
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError, WeightsError
+from fsdp_qlora.output_files import STATE_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.quantize import quantize
-from fsdp_qlora.weights.writer import STATE_FILE
 from tests.limited import run_limited, weights_bytes
 from tests.tiny import save_tiny
 

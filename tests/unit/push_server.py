@@ -1,0 +1,144 @@
+"""A stand-in for the model hub that takes uploads: what huggingface_hub's create_repo and create_commit ask for."""
+
+from __future__ import annotations
+
+import base64
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+import yaml
+
+COMMIT = "c0ffee" * 6 + "abcd"
+
+
+@dataclass
+class Hub:
+    """Repositories by name, and what was sent; `token` has access to the names in `writable`."""
+
+    token: str
+    writable: tuple[str, ...]
+    repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
+    private: dict[str, bool] = field(default_factory=dict)
+    sent: list[bytes] = field(default_factory=list)
+    status: int | None = None  # answer everything with this status
+    large: dict[str, bytes] = field(default_factory=dict)
+    url: str = ""
+
+
+def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_GET(self) -> None:
+            repo = self._path().removeprefix("/api/models/")
+            if repo not in hub.repos:
+                return self._send(404, {}, "RepoNotFound")
+            self._send(200, {"id": repo, "sha": COMMIT, "private": hub.private[repo], "siblings": []})
+
+        def do_PUT(self) -> None:  # addresses of large files carry their own permission
+            hub.large[self._path().removeprefix("/upload/")] = self._body()
+            self._send(200, {})
+
+        def do_POST(self) -> None:
+            body = self._body()
+            hub.sent.append(body)
+            if hub.status is not None:
+                return self._send(hub.status, {})
+            if self.headers.get("Authorization") != f"Bearer {hub.token}":
+                return self._send(401, {})
+            path = self._path()
+            if path == "/api/validate-yaml":
+                header = json.loads(body)["content"].split("---\n")[1]
+                assert isinstance(yaml.safe_load(header), dict)
+                return self._send(200, {"errors": [], "warnings": []})
+            if path == "/api/repos/create":
+                return self._create(json.loads(body))
+            repo = "/".join(path.removeprefix("/api/models").split("/")[1:3]).removesuffix(".git")
+            if repo not in hub.writable:
+                return self._send(403, {})
+            if "/preupload/" in path:
+                modes = [
+                    {
+                        "path": file["path"],
+                        "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                        "shouldIgnore": False,
+                    }
+                    for file in json.loads(body)["files"]
+                ]
+                self._send(200, {"files": modes})
+            elif path.endswith("/info/lfs/objects/batch"):
+                objects = [
+                    {**item, "actions": {"upload": {"href": f"{hub.url}/upload/{item['oid']}"}}}
+                    for item in json.loads(body)["objects"]
+                ]
+                self._send(200, {"transfer": "basic", "objects": objects})
+            else:
+                self._commit(repo, [json.loads(line) for line in body.splitlines()])
+
+        def _create(self, wanted: dict[str, Any]) -> None:
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            if repo not in hub.writable:
+                return self._send(403, {})
+            if repo in hub.repos:
+                return self._send(409, {"url": f"{hub.url}/{repo}"})
+            hub.repos[repo] = {}
+            hub.private[repo] = wanted.get("private") is True or wanted.get("visibility") == "private"
+            self._send(200, {"url": f"{hub.url}/{repo}"})
+
+        def _commit(self, repo: str, lines: list[dict[str, Any]]) -> None:
+            for line in lines:
+                value = line["value"]
+                if line["key"] == "file":
+                    hub.repos[repo][value["path"]] = base64.b64decode(value["content"])
+                elif line["key"] == "lfsFile":
+                    hub.repos[repo][value["path"]] = hub.large[value["oid"]]
+            url = f"{hub.url}/{repo}/commit/{COMMIT}"
+            self._send(200, {"commitUrl": url, "commitOid": COMMIT})
+
+        def _path(self) -> str:
+            return urlsplit(self.path).path
+
+        def _body(self) -> bytes:
+            if self.headers.get("Transfer-Encoding") != "chunked":
+                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            body = b""
+            while size := int(self.rfile.readline(), 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+
+        def _send(self, status: int, content: dict[str, Any], code: str | None = None) -> None:
+            body = json.dumps(content).encode()
+            self.send_response(status)
+            if code is not None:
+                self.send_header("X-Error-Code", code)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+    return Handler
+
+
+@contextmanager
+def serve(hub: Hub) -> Iterator[Hub]:
+    """Serve the hub on a free local port while the block runs."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(hub))
+    hub.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
