@@ -126,6 +126,12 @@ class TrainConfig(DataSettings):
     eval_steps: int = 0
     """Evaluate every N optimizer steps, besides before the first and after the last; 0: only those two."""
 
+    early_stopping_patience: int = 0
+    """Stop after so many evaluations in a row without a lower loss than before; 0: never."""
+
+    keep_best: bool = False
+    """Keep the adapter of the evaluation with the lowest loss, in the folder best of --output_dir."""
+
     sample_prompts: str | None = None
     """Text file with one prompt a line; the model's answers are shown and logged at every evaluation."""
 
@@ -259,6 +265,7 @@ RULES: dict[str, Rule] = {
     "eval_steps": _at_least(0),
     "save_steps": _at_least(0),
     "save_total_limit": _at_least(2),
+    "early_stopping_patience": _at_least(0),
     "logging_steps": _at_least(1),
     "output_dir": Rule(
         _is_safe_path, "a path without line breaks whose parts have at most 255 bytes; choose a shorter name"
@@ -315,6 +322,14 @@ def _overwrite_what_is_resumed(config: TrainConfig) -> str | None:
     return None
 
 
+def _best_of_no_evaluations(config: TrainConfig) -> str | None:
+    given = f"--early_stopping_patience={config.early_stopping_patience}" if config.early_stopping_patience else ""
+    given = given or ("--keep_best" if config.keep_best else "")
+    if given and not config.eval_steps:
+        return f"{given} without --eval_steps: there are no evaluations in between; give --eval_steps"
+    return None
+
+
 def _uint8_on_old_torch(config: TrainConfig) -> str | None:
     installed = importlib.metadata.version("torch")  # not torch.__version__: importing torch takes seconds
     major, minor = (int(part) for part in installed.split(".")[:2])
@@ -347,6 +362,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),
+        Check(("early_stopping_patience", "keep_best", "eval_steps"), _best_of_no_evaluations),
         Check(("quant_storage",), _uint8_on_old_torch),
         Check(("overwrite", "resume"), _overwrite_what_is_resumed),
     ),

@@ -38,7 +38,7 @@ from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.redact import redact
 from fsdp_qlora.resume import Checkpoint, check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import Progress, Status, keep_metrics, start_over, take, write_exit
+from fsdp_qlora.run_folder import ADAPTER, BEST, Progress, Status, keep_metrics, start_over, take, write_exit
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.stop import Stop
@@ -141,7 +141,9 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
     identity["base"] = built.fingerprint
     sampler = Sampler(built.root, ranks, tokenizer, prompts, read_stop_ids(folder, tokenizer), config.max_new_tokens)
     start = found.manifest.position if found else Position()
-    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None)
+    keep = functools.partial(_save_adapter, built, lora, _base_name(config, folder), tokenizer, ranks)
+    keep_best = functools.partial(keep, output / BEST) if config.keep_best else None
+    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None, keep_best)
     progress.num_steps = trainer.num_steps
     if found is not None:
         restore(found, identity, trainer.optimizer, built.root, config, ranks, say)
@@ -169,12 +171,20 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
         return False
     summary["ranks"] = _rank_reports(ranks, built)
     summary["checkpoints"] = dataclasses.asdict(saver.report)
-    save_adapter(built.root, lora, _base_name(config, folder), output / "adapter", ranks)
+    keep(output / ADAPTER)
     if ranks.is_main:
-        tokenizer.save_pretrained(output / "adapter")
         write_record(output, {**record, "result": summary})
         _say_summary(config, summary, output)
     return True
+
+
+def _save_adapter(
+    built: BuiltModel, lora: LoraSettings, base: str, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, folder: Path
+) -> None:
+    """Write adapter and tokenizer; every rank must call this."""
+    save_adapter(built.root, lora, base, folder, ranks)
+    if ranks.is_main:
+        tokenizer.save_pretrained(folder)
 
 
 def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:

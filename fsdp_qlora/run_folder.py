@@ -21,9 +21,10 @@ from fsdp_qlora.redact import redact
 
 Status = Literal["completed", "preempted", "failed"]
 
-LOCK, METRICS, RECORD, EXIT, ADAPTER = ".lock", "metrics.jsonl", "run.json", "exit.json", "adapter"
+LOCK, METRICS, RECORD, EXIT = ".lock", "metrics.jsonl", "run.json", "exit.json"
+ADAPTER, BEST = "adapter", "best"
 _NAMES = re.compile(
-    r"(metrics\.jsonl|run\.json)(\.partial)?|exit\.json(\.\w+\.partial)?|checkpoints|wandb|tensorboard"
+    r"(metrics\.jsonl|run\.json)(\.partial)?|exit\.json(\.\w+\.partial)?|checkpoints|best|wandb|tensorboard"
     r"|profile-rank-\d+\.json\.gz|memory-rank-\d+\.pickle"
 )
 """What a run leaves that ended before its first checkpoint: nothing is lost if the next one starts over."""
@@ -117,8 +118,8 @@ def _clear(folder: Path) -> None:
 
 
 def start_over(folder: Path) -> None:
-    """Delete an earlier run's checkpoints and adapter, now that a new run is about to train its first step."""
-    for path in [*checkpoint_folders(folder), folder / ADAPTER]:
+    """Delete an earlier run's checkpoints and adapters, now that a new run is about to train its first step."""
+    for path in [*checkpoint_folders(folder), folder / ADAPTER, folder / BEST]:
         if path.exists():
             shutil.rmtree(path)
 

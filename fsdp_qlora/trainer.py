@@ -51,6 +51,7 @@ class Trainer:
         evaluation: loaders of the evaluation sets by name.
         start: where to go on.
         sampler: answers sample prompts at every evaluation.
+        keep_best: called after every evaluation that gave the lowest loss so far, on all ranks.
     """
 
     def __init__(
@@ -62,9 +63,11 @@ class Trainer:
         evaluation: Mapping[str, data.Loader],
         start: Position = Position(),  # noqa: B008 (frozen)
         sampler: Sampler | None = None,
+        keep_best: Callable[[], None] | None = None,
     ) -> None:
         self.config, self.ranks, self.root = config, ranks, built.root
         self.train_loader, self.eval_loaders, self.sampler = train, evaluation, sampler
+        self.keep_best = keep_best
         self.optimizer = build_optimizer(built.root, config)
         self.position = start
         self.num_steps = config.max_steps
@@ -132,7 +135,7 @@ class Trainer:
         loss = next((record["loss"] for record in reversed(recorded) if "loss" in record), None)
         started, first_step, stopped = time.monotonic(), self.position.step, False
         self._evaluate_if_due(metrics, evaluations)
-        while self.position.step < self.num_steps and not stopped:
+        while self.position.step < self.num_steps and not stopped and not self._has_stalled(evaluations):
             step, epoch = self.position.step, self.position.epoch
             index = self.position.sequences // self.train_loader.sequences_per_step
             step_started = time.monotonic()
@@ -152,6 +155,12 @@ class Trainer:
             if not stopped:
                 self._evaluate_if_due(metrics, evaluations)
         saver.finish()
+        if self._has_stalled(evaluations) and self.position.step < self.num_steps and not stopped:
+            metrics.show(f"stopped at step {self.position.step}: the lowest loss is that of step {_best(evaluations)}")
+            self.num_steps = self.position.step
+            if progress.saved_step != self.position.step:
+                saver.start(self.position)
+                saver.finish()
         return None if stopped else self._summary(evaluations, loss)
 
     def _after(self, num_tokens: int, seconds: float) -> Position:
@@ -180,8 +189,15 @@ class Trainer:
                 f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f},"
                 f" token accuracy {values['token_accuracy']:.1%}"
             )
+            if self.keep_best is not None and step == _best(evaluations):
+                self.keep_best()
         if self.sampler is not None:
             metrics.log_samples(self.sampler.answers(), step)
+
+    def _has_stalled(self, evaluations: Mapping[int, dict[str, Any]]) -> bool:
+        """Return whether the last `early_stopping_patience` evaluations (0: never) gave no lower loss than one before."""
+        patience = self.config.early_stopping_patience
+        return patience > 0 and sum(step > _best(evaluations) for step in evaluations) >= patience
 
     def _summary(self, evaluations: dict[int, dict[str, Any]], loss: float | None) -> dict[str, Any]:
         tokens, seconds = self.position.tokens, self.position.seconds
@@ -193,6 +209,7 @@ class Trainer:
             "train_loss": loss,
             "eval_loss_before": evaluations.get(0, {}).get("eval_loss"),
             "eval_loss_after": evaluations.get(self.num_steps, {}).get("eval_loss"),
+            "best_step": _best(evaluations) if evaluations else None,
             "peak_gpu_gib": round(memory_gib(self.ranks.device), 2),
         }
 
@@ -215,3 +232,8 @@ class Trainer:
         }
         metrics.log(record, step + 1)
         metrics.progress(record, step + 1, self.num_steps, remaining)
+
+
+def _best(evaluations: Mapping[int, dict[str, Any]]) -> int:
+    """Return the step with the lowest evaluation loss, the first of several; 0 without any."""
+    return min(evaluations, key=lambda step: (evaluations[step]["eval_loss"], step), default=0)

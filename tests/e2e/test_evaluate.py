@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -109,3 +110,44 @@ def test_the_base_alone_and_a_file_of_answers(
     assert len(saved) == ANSWERS
     assert saved[0]["question"] == "What is the colour of grass?"
     assert (saved[0]["reference"], saved[0]["exact"]) == ("The colour of grass is green.", False)
+
+
+def test_early_stopping_and_the_best_adapter(
+    base: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is evaluated contradicts what is trained on: the loss falls while the form is learned, and rises then."""
+    wrong = tmp_path / "wrong.jsonl"
+    answers = {"green": "white", "white": "black", "black": "red", "red": "blue", "blue": "yellow", "yellow": "green"}
+    text = dataset.read_text()
+    wrong.write_text(
+        "".join(re.sub(r"(?<=is )\w+(?=\.)", lambda m: answers[m[0]], line) for line in text.splitlines(True))
+    )
+    settings = {
+        "model": str(base),
+        "dataset": str(dataset),
+        "eval_dataset": str(wrong),
+        "output_dir": str(tmp_path / "run"),
+        "context_length": 64,
+        "batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_steps": 200,
+        "eval_steps": 5,
+        "early_stopping_patience": 2,
+        "keep_best": True,
+        "lr": 1e-2,
+        "lora_rank": 16,
+        "lora_alpha": 32.0,
+        "activation_checkpointing": "none",
+    }
+    run_ranks(train, 2, settings)
+    losses = {line["step"]: line["eval_loss"] for line in metrics(tmp_path / "run") if "eval_loss" in line}
+    best = min(losses, key=lambda step: losses[step])
+    assert max(losses) == best + 10 < 200, "two evaluations without a lower loss"
+    record = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (record["result"]["steps"], record["result"]["best_step"]) == (best + 10, best)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{best + 10:06}"]
+    for folder, step in (("best", best), ("adapter", best + 10)):
+        ((figures, _),) = run_ranks(score, 1, {"adapter": str(tmp_path / "run" / folder), "dataset": str(wrong)})
+        assert figures["eval_loss"] == pytest.approx(losses[step], rel=1e-5)
+    train(settings)
+    assert "completed: nothing to do" in capsys.readouterr().out

@@ -269,3 +269,9 @@ def test_defaults_satisfy_their_own_rules_and_survive_a_round_trip() -> None:
     assert config.parse({}) == TrainConfig()
     assert config.parse(config.to_dict(TrainConfig())) == TrainConfig()
     assert list(config.to_dict(TrainConfig())) == [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+@pytest.mark.parametrize("overrides", [{"early_stopping_patience": 2}, {"keep_best": True}])
+def test_no_best_without_evaluations(overrides: dict[str, object]) -> None:
+    (problem,) = problems_of(overrides)
+    assert "without --eval_steps: there are no evaluations in between" in problem
