@@ -100,13 +100,16 @@ class PlanConfig:
 
     # --- machine ---
     gpus: int = 1
-    """GPUs, all of one machine; one rank on each."""
+    """GPUs of a machine; one rank on each."""
+
+    nodes: int = 1
+    """Machines, all with as many GPUs."""
 
     gpu_memory: str = "24"
-    """GiB of each GPU, or a comma-separated list with one size per GPU: the smallest decides."""
+    """GiB of each GPU, or a comma-separated list with one size per GPU of a machine: the smallest decides."""
 
     cpu_memory: float = 64.0
-    """GiB of RAM of the machine."""
+    """GiB of RAM of each machine."""
 
     gpu_tflops: float = 100.0
     """Matrix products in 1e12 FLOP/s that a GPU sustains (a fast 24 GB gaming card: 100; H100: 500); for the time only."""
@@ -115,7 +118,10 @@ class PlanConfig:
     """GB/s between host memory and a GPU (PCIe 4.0 x16: 20); for the time only."""
 
     link_bandwidth: float = 10.0
-    """GB/s that a GPU gets from the others (without NVLink: 10); for the time only."""
+    """GB/s that a GPU gets from the others of its machine (without NVLink: 10); for the time only."""
+
+    node_bandwidth: float = 1.0
+    """GB/s that a machine gets from the others (10 Gb/s Ethernet: 1; 8 x 400 Gb/s InfiniBand: 300); for the time only."""
 
     # --- run ---
     context_length: int = 2048
@@ -136,8 +142,8 @@ class PlanConfig:
     precision: Literal["bf16", "fp32"] = "bf16"
     """dtype of the computation."""
 
-    sharding: Literal["full", "none"] = "full"
-    """full: the base is sharded over all GPUs; none: every GPU holds all of it."""
+    sharding: Literal["full", "hybrid", "none"] = "full"
+    """full: the base is sharded over all GPUs; hybrid: over those of each machine; none: every GPU holds all of it."""
 
     cpu_offload: str = "auto"
     """As in training: auto, none, all or a number of blocks."""

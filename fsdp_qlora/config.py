@@ -59,8 +59,9 @@ class TrainConfig(DataSettings):
     """Check at the start that every block's gathered bytes are those that were loaded; stops on a mismatch."""
 
     # --- distribution and memory ---
-    sharding: Literal["full", "none"] = "full"
-    """full: the base is sharded over all ranks; none: every rank holds all of it (data parallel), faster if it fits."""
+    sharding: Literal["full", "hybrid", "none"] = "full"
+    """full: the base is sharded over all ranks; hybrid: over the ranks of each node, so that only LoRA's gradients cross
+    between nodes; none: every rank holds all of it (data parallel), faster if it fits."""
 
     cpu_offload: str = "auto"
     """Blocks whose 4-bit weights rest in pinned CPU memory: auto (as few as needed), none, a number, or all (then
@@ -247,9 +248,11 @@ RULES: dict[str, Rule] = {
     "gpu_memory": Rule(_is_sizes, "a number of GiB above 0, or several separated by commas"),
     "cpu_memory": _above(0),
     "gpus": _at_least(1),
+    "nodes": _at_least(1),
     "gpu_tflops": _above(0),
     "host_bandwidth": _above(0),
     "link_bandwidth": _above(0),
+    "node_bandwidth": _above(0),
     "timeout_s": _at_least(1),
     "batch_size": _at_least(1),
     "gradient_accumulation_steps": _at_least(1),

@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
-from fsdp_qlora.errors import FsdpQloraError, Interrupted, TrainingError
+from fsdp_qlora.errors import ConfigError, FsdpQloraError, Interrupted, TrainingError
 
 T = TypeVar("T")
 
@@ -86,12 +86,13 @@ def process_group(sharding: str, timeout_s: int, device: str | None = None) -> I
     """Join the process group for the length of a `with` block.
 
     Args:
-        sharding: 'full' shards over all ranks, 'none' replicates the base on each.
+        sharding: 'full' shards over all ranks, 'hybrid' over those of each node, 'none' replicates the base on each.
         timeout_s: seconds any collective may wait for the other ranks.
         device: 'cpu' or 'cuda'; default: the GPU if there is one.
 
     Raises:
         TrainingError: the other ranks could not be reached.
+        ConfigError: 'hybrid' on nodes with unequal numbers of ranks.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -114,16 +115,35 @@ def process_group(sharding: str, timeout_s: int, device: str | None = None) -> I
             " and check that every rank was started and can reach MASTER_ADDR:MASTER_PORT"
         ) from error
     try:
-        yield Ranks(rank, world_size, local_rank, chosen, make_mesh(chosen, world_size, sharding))
+        if sharding == "hybrid":
+            _require_equal_nodes(world_size, local_world_size)
+        yield Ranks(rank, world_size, local_rank, chosen, make_mesh(chosen, world_size, sharding, local_world_size))
     finally:
         dist.destroy_process_group()
 
 
-def make_mesh(device: torch.device, world_size: int, sharding: str) -> DeviceMesh:
-    """Return the mesh over which the base is sharded: all ranks ('full') or none ('none': replicas of one shard)."""
+def _require_equal_nodes(world_size: int, local_world_size: int) -> None:
+    """Raise ConfigError, on every rank, unless each node has as many ranks as the others."""
+    sizes = [0] * world_size
+    dist.all_gather_object(sizes, local_world_size)
+    if len(set(sizes)) > 1:
+        raise ConfigError(
+            f"--sharding=hybrid: nodes have {' and '.join(str(size) for size in sorted(set(sizes)))} ranks; start equally"
+            " many on each (--nproc_per_node), or use --sharding full"
+        )
+
+
+def make_mesh(device: torch.device, world_size: int, sharding: str, local_world_size: int = 1) -> DeviceMesh:
+    """Return the mesh over which the base is sharded: over all ranks, or over neighbours, of which there are replicas.
+
+    Args:
+        sharding: 'full': one shard a rank; 'hybrid': one a rank of a node; 'none': one in all.
+        local_world_size: ranks of a node; torchrun numbers them without gaps.
+    """
     if sharding == "full":
         return init_device_mesh(device.type, (world_size,), mesh_dim_names=("shard",))
-    return init_device_mesh(device.type, (world_size, 1), mesh_dim_names=("replicate", "shard"))
+    num_shards = local_world_size if sharding == "hybrid" else 1
+    return init_device_mesh(device.type, (world_size // num_shards, num_shards), mesh_dim_names=("replicate", "shard"))
 
 
 def all_gather_single(output: torch.Tensor, local: torch.Tensor, group: dist.ProcessGroup) -> None:

@@ -295,7 +295,7 @@ def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: Lora
         config.cpu_offload,
         config.activation_checkpointing,
         config.activation_offload,
-        sharded=config.sharding == "full",
+        sharded=config.sharding != "none",
     )
     if ranks.device.type == "cpu":
         memory = choose_on_cpu(shape, budget, request)

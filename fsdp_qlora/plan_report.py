@@ -37,34 +37,63 @@ from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
 @dataclass(frozen=True)
 class StepTime:
-    """Seconds of one micro-batch; `overlapped`: copies have a stream of their own, as FSDP's have not in a world of one."""
+    """Seconds of one micro-batch, by what they are for.
+
+    Attributes:
+        links, nodes: traffic within a machine, and between machines.
+        overlapped: whether copies have a stream of their own, as FSDP's have not in a world of one.
+    """
 
     compute: float
     host: float
     links: float
+    nodes: float
     overlapped: bool
 
     @property
     def seconds(self) -> float:
-        return max(self.compute, self.host, self.links) if self.overlapped else self.compute + self.host
+        copies = max(self.host, self.links, self.nodes)
+        return max(self.compute, copies) if self.overlapped else self.compute + self.host
 
     @property
     def limit(self) -> str:
-        slowest = max(self.compute, self.host, self.links)
-        return {self.compute: "computation", self.links: "gathers", self.host: "copies from the host"}[slowest]
+        causes = {
+            "computation": self.compute,
+            "gathers": self.links,
+            "copies from the host": self.host,
+            "traffic between machines": self.nodes,
+        }
+        return max(causes, key=lambda cause: causes[cause])
 
 
-def step_seconds(
-    shape: ModelShape, run: Run, tflops: float = 100.0, host_bandwidth: float = 20.0, link_bandwidth: float = 10.0
-) -> StepTime:
+@dataclass(frozen=True)
+class Rates:
+    """What a machine sustains.
+
+    Attributes:
+        tflops: of a GPU, 1e12 FLOP/s.
+        host_bandwidth, link_bandwidth: 1e9 bytes/s to a GPU from the host, and from the other GPUs of its machine.
+        node_bandwidth: 1e9 bytes/s to a machine from the others.
+    """
+
+    tflops: float = 100.0
+    host_bandwidth: float = 20.0
+    link_bandwidth: float = 10.0
+    node_bandwidth: float = 1.0
+
+
+def rates_of(config: PlanConfig) -> Rates:
+    return Rates(config.gpu_tflops, config.host_bandwidth, config.link_bandwidth, config.node_bandwidth)
+
+
+def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) -> StepTime:
     """Estimate one micro-batch, forward and backward; each part scales inversely with its rate.
 
     Per token: 4 FLOP a weight (forward, gradient of the input) and 2 more where blocks are checkpointed; 6 and 2 a LoRA
     weight; 4 a weight of the head; causal attention once forward, 2.5 times backward, and once more where checkpointed.
 
-    Args:
-        tflops: sustained rate of a GPU, 1e12 FLOP/s.
-        host_bandwidth, link_bandwidth: 1e9 bytes/s a GPU gets from the host, and from the other GPUs.
+    Between machines: where the shards are on several, every gathered byte enters each machine once (the ring of a gather
+    passes each once); otherwise LoRA's gradients pass twice to be summed over the replicas.
     """
     memory, count, tokens = run.memory, len(shape.blocks), run.tokens
     again = memory.checkpoint_blocks / count
@@ -80,11 +109,14 @@ def step_seconds(
         fetched += 2 * memory.checkpoint_blocks * tokens * shape.widths.hidden * shape.itemsize
     gathered = 2 * sum(block.gathered for block in shape.blocks) + sum(block.lora for block in shape.blocks)
     others = (shape.num_shards - 1) / shape.num_shards
+    spans_nodes = shape.num_shards > run.local_ranks
+    crossing = gathered + shape.head_bytes if spans_nodes else 2 * sum(block.lora for block in shape.blocks)
     return StepTime(
-        compute=tokens * per_token / (tflops * 1e12),
-        host=fetched / (host_bandwidth * 1e9),
-        links=others * (gathered + shape.head_bytes) / (link_bandwidth * 1e9),
-        overlapped=shape.num_shards > 1,
+        compute=tokens * per_token / (rates.tflops * 1e12),
+        host=fetched / (rates.host_bandwidth * 1e9),
+        links=others * (gathered + shape.head_bytes) / (rates.link_bandwidth * 1e9),
+        nodes=(num_nodes - 1) / num_nodes * crossing / (rates.node_bandwidth * 1e9),
+        overlapped=shape.num_shards > 1 or num_nodes > 1,
     )
 
 
@@ -98,7 +130,7 @@ def run(config: PlanConfig) -> None:
     shape = _shape(config, folder, config.sharding)
     batch = Run(config.batch_size, config.context_length, local_ranks=config.gpus)
     wishes = config.cpu_offload, config.activation_checkpointing, config.activation_offload
-    request = Request(batch, *wishes, sharded=config.sharding == "full")
+    request = Request(batch, *wishes, sharded=config.sharding != "none")
     budget = Budget(int(smallest_gpu(config.gpu_memory)), int(config.cpu_memory * GIB))
     try:
         choice, problem = choose(shape, budget, request), ""
@@ -107,12 +139,8 @@ def run(config: PlanConfig) -> None:
     console = Console(width=100, highlight=False, markup=False)
     console.print(_table(config, choice, budget))
     console.print("\n".join(_lines(config, shape, budget, request, choice)))
-    if choice.fits and shape.num_shards > 1 and not choice.memory.offload_blocks:
-        alone = choose_or_none(_shape(config, folder, "none"), budget, replace(request, sharded=False))
-        if alone is not None and alone.memory.checkpoint_blocks <= choice.memory.checkpoint_blocks:
-            console.print(
-                "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
-            )
+    if choice.fits and (hint := _faster(config, folder, budget, request, choice)):
+        console.print(hint)
     if config.plot is not None:
         plot(config.plot, choice.estimate, budget)
         console.print(f"picture: {config.plot}")
@@ -120,15 +148,40 @@ def run(config: PlanConfig) -> None:
         raise ConfigError(problem or refusal(shape, budget, request))
 
 
+def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, choice: Choice) -> str:
+    """Return a hint at a sharding that fits too and moves less; empty if there is none."""
+    if config.sharding != "none" and not choice.memory.offload_blocks and config.nodes * config.gpus > 1:
+        alone = choose_or_none(_shape(config, folder, "none"), budget, replace(request, sharded=False))
+        if alone is not None and alone.memory.checkpoint_blocks <= choice.memory.checkpoint_blocks:
+            return "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
+    if config.sharding == "full" and config.nodes > 1:
+        times = []
+        for sharding in ("full", "hybrid"):
+            shape = _shape(config, folder, sharding)
+            found = choose_or_none(shape, budget, request)
+            if found is None:
+                return ""
+            run = replace(request.run, memory=found.memory)
+            times.append(step_seconds(shape, run, rates_of(config), config.nodes).seconds)
+        if times[1] < times[0]:
+            return (
+                f"faster: --sharding hybrid ({times[1]:.2f} s a micro-batch); every machine can hold the base, and only"
+                " gradients cross"
+            )
+    return ""
+
+
 def _shape(config: PlanConfig, folder: Path, sharding: str) -> ModelShape:
-    quant = QuantSettings(double_quant=config.double_quant, num_shards=config.gpus if sharding == "full" else 1)
+    num_shards = {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
+    quant = QuantSettings(double_quant=config.double_quant, num_shards=num_shards)
     lora = LoraSettings(config.lora_rank, float(config.lora_rank), 0.0, config.lora_target_modules)
     return model_shape(folder, quant, lora, compute_dtype(config.precision, torch.device("cuda")))
 
 
 def _table(config: PlanConfig, choice: Choice, budget: Budget) -> Table:
     wanted = choice.estimate
-    title = f"{config.model} on {config.gpus} GPU{'s' * (config.gpus > 1)}"
+    machines = f"{config.nodes} x " if config.nodes > 1 else ""
+    title = f"{config.model} on {machines}{config.gpus} GPU{'s' * (config.gpus > 1)}"
     title += f": {config.batch_size} x {config.context_length} tokens, LoRA rank {config.lora_rank} (GiB)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("component", min_width=28)
@@ -150,10 +203,10 @@ def _names(wanted: Estimate) -> list[str]:
 
 def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Request, choice: Choice) -> list[str]:
     batch = replace(request.run, memory=choice.memory)
-    time = step_seconds(shape, batch, config.gpu_tflops, config.host_bandwidth, config.link_bandwidth)
+    time = step_seconds(shape, batch, rates_of(config), config.nodes)
     context, size = longest_context(shape, budget, request), largest_batch(shape, budget, request)
     limit = " (the model's limit)" if context + CONTEXT_STEP > shape.max_positions else ""
-    rate = config.gpus * batch.tokens / time.seconds
+    rate = config.nodes * config.gpus * batch.tokens / time.seconds
     overlap = "copies overlap with computation" if time.overlapped else "copies do not overlap without shards"
     lines = [
         f"peak: {choice.estimate.phase}",
@@ -165,6 +218,11 @@ def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Reque
         f" {time.host:.2f} s at {config.host_bandwidth:g} GB/s,",
         f"  gathers {time.links:.2f} s at {config.link_bandwidth:g} GB/s; {overlap}",
     ]
+    if config.nodes > 1:
+        lines.append(
+            f"  between machines {time.nodes:.2f} s: {time.nodes * config.node_bandwidth:.1f} GB into each at"
+            f" {config.node_bandwidth:g} GB/s"
+        )
     gpu, host = (budget.gpu - choice.estimate.gpu_bytes) / GIB, (budget.host - choice.estimate.host_bytes) / GIB
     if choice.fits:
         return [*lines, f"verdict: fits, with {gpu:.1f} GiB to spare on the GPU and {host:.1f} GiB on the host"]

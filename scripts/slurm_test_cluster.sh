@@ -3,14 +3,15 @@
 #   scripts/slurm_test_cluster.sh start DIR [NODES]    then: export SLURM_CONF=DIR/slurm.conf
 #   scripts/slurm_test_cluster.sh stop DIR
 # Needs Debian's packages (apt-get install slurm-wlm munge) and root. Nothing outside DIR is written. The nodes claim 8 GPUs
-# and 64 CPUs each, which SLURM counts and nothing checks, so that the launch files run unchanged on a laptop's CPU.
+# and 64 CPUs each, which SLURM counts and nothing checks, so that the launch files run unchanged on a laptop's CPU. Tests that
+# use it: python -m pytest tests/slurm
 set -euo pipefail
 
-usage() { sed -n '2,6s/^# //p' "$0" >&2; exit 2; }
+usage() { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }
 
 [[ $# -ge 2 ]] || usage
 command=$1 dir=$(realpath -m "$2") nodes=${3:-2}
-port=17100 # controller; the nodes follow
+port=${SLURM_TEST_PORT:-17100} # of the controller; those of the nodes follow
 
 configure() {
     cat >"$dir/slurm.conf" <<CONF

@@ -31,6 +31,9 @@ SEQUENCES = 4
 NUM_STEPS = 3
 MAX_GRAD_NORM = 0.5
 TOLERANCE = 1e-6
+NODE = 2
+"""Ranks of what hybrid sharding takes for a node."""
+
 LORA = LoraSettings(rank=4, alpha=8)
 LOADER: dict[str, Any] = {"context_length": 64, "packing": False, "seed": 5, "shuffle": True, "pad_token_id": 0}
 
@@ -64,6 +67,8 @@ SPLITS: dict[int, list[Split]] = {
         Split(1, 1),
         Split(1, 1, sharding="none", activation_checkpointing=True),
         Split(1, 1, cpu_offload=True, activation_checkpointing=True),
+        Split(1, 1, sharding="hybrid"),
+        Split(1, 1, sharding="hybrid", cpu_offload=True, activation_checkpointing=True),
     ],
 }
 """By world size. The first of one rank, all sequences in one batch, is what the others are compared with."""
@@ -101,7 +106,7 @@ def llama_linears(num_layers: int = 2) -> dict[str, tuple[int, int]]:
 
 def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
     """Build the tiny model and a trainer for one way of splitting."""
-    ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, split.sharding))
+    ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, split.sharding, NODE))
     built = build_model(
         folder,
         ranks,
@@ -280,7 +285,13 @@ def plant_in_shard(trainer: Trainer) -> None:
 
 @pytest.mark.parametrize(
     ("where", "sharding", "world_size"),
-    [("before", "full", 1), ("before", "full", 2), ("before", "none", 2), ("after", "full", 2)],
+    [
+        ("before", "full", 1),
+        ("before", "full", 2),
+        ("before", "none", 2),
+        ("before", "hybrid", 4),
+        ("after", "full", 2),
+    ],
 )
 def test_nan_in_one_ranks_gradient_stops_all_before_the_update(
     folder: Path, where: str, sharding: str, world_size: int

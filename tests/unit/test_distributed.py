@@ -93,12 +93,36 @@ def test_sums_are_exact_for_token_counts() -> None:
 
 def shards_on_rank(sharding: str) -> tuple[int, int, int, bool]:
     with process_group(sharding, timeout_s=30, device="cpu") as ranks:
+        sum_over_ranks(1)  # rank 0 holds the store through which the others are still meeting
         return ranks.rank, ranks.num_shards, ranks.shard, ranks.is_main
 
 
 def test_meshes() -> None:
     assert run_ranks(shards_on_rank, 2, "full") == [(0, 2, 0, True), (1, 2, 1, False)]
     assert run_ranks(shards_on_rank, 2, "none") == [(0, 1, 0, True), (1, 1, 0, False)]
+
+
+def hybrid_on_rank(node_sizes: list[int]) -> tuple[list[int], int] | str:
+    """Return the ranks that share a copy of the base with this one, and its shard; or the error."""
+    node = next(node for node, size in enumerate(node_sizes) if int(os.environ["RANK"]) < sum(node_sizes[: node + 1]))
+    os.environ["LOCAL_WORLD_SIZE"] = str(node_sizes[node])
+    try:
+        with process_group("hybrid", timeout_s=30, device="cpu") as ranks:
+            sum_over_ranks(1)
+            return torch.distributed.get_process_group_ranks(ranks.shard_group), ranks.shard
+    except ConfigError as error:
+        return str(error)
+
+
+def test_hybrid_shards_inside_nodes() -> None:
+    assert run_ranks(hybrid_on_rank, 4, [2, 2]) == [([0, 1], 0), ([0, 1], 1), ([2, 3], 0), ([2, 3], 1)]
+    assert run_ranks(hybrid_on_rank, 3, [3]) == [([0, 1, 2], rank) for rank in range(3)]
+
+
+def test_hybrid_needs_nodes_of_one_size() -> None:
+    for message in run_ranks(hybrid_on_rank, 4, [3, 1]):
+        assert isinstance(message, str)
+        assert message.startswith("--sharding=hybrid: nodes have 1 and 3 ranks; start equally many")
 
 
 def test_one_process_is_a_world_of_one(monkeypatch: pytest.MonkeyPatch) -> None:

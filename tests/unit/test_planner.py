@@ -32,7 +32,7 @@ from fsdp_qlora.plan_choice import (
     largest_batch,
     longest_context,
 )
-from fsdp_qlora.plan_report import step_seconds
+from fsdp_qlora.plan_report import Rates, step_seconds
 from fsdp_qlora.planner import SLACK, ModelShape, Run, estimate, model_shape
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
@@ -309,18 +309,29 @@ def test_cpu_ranks_checkpoint_only_if_memory_is_short(shape_of, host: float, blo
 def test_time_scales_with_its_rates_and_says_what_limits(shape_of) -> None:
     shape = shape_of("70b", 2)
     run = Run(1, 2048, MemorySettings(offload_blocks=80, checkpoint_blocks=80))
-    usual = step_seconds(shape, run)
+    usual = step_seconds(shape, run, Rates())
     assert usual.limit == "computation"
     assert usual.compute == pytest.approx(6 * 68.5e9 * 2048 / 100e12, rel=0.06)  # head, attention, LoRA: the rest
     assert usual.host == pytest.approx(2 * 17.65e9 / 20e9, rel=0.01)
-    slow = step_seconds(shape, run, host_bandwidth=2)
+    slow = step_seconds(shape, run, Rates(host_bandwidth=2))
     assert slow.seconds == slow.host == pytest.approx(10 * usual.host)
     assert slow.limit == "copies from the host"
     kept = replace(run, memory=MemorySettings())
-    assert step_seconds(shape, kept).compute < 0.72 * usual.compute
-    alone = step_seconds(shape_of("70b"), run)  # a world of one copies on the stream that computes
+    assert step_seconds(shape, kept, Rates()).compute < 0.72 * usual.compute
+    alone = step_seconds(shape_of("70b"), run, Rates())  # a world of one copies on the stream that computes
     assert alone.seconds == alone.compute + alone.host
     assert alone.links == 0
+
+
+def test_time_between_machines(shape_of) -> None:
+    run = Run(1, 2048, MemorySettings(checkpoint_blocks=80), local_ranks=2)
+    full, hybrid = (step_seconds(shape_of("70b", shards), run, Rates(), num_nodes=2) for shards in (4, 2))
+    lora = sum(block.lora for block in shape_of("70b", 2).blocks)
+    assert hybrid.nodes == pytest.approx(lora / 1e9), "half of the gradients twice, at 1 GB/s"
+    assert full.nodes > 20 * hybrid.nodes, "everything is gathered twice"
+    assert full.limit == "traffic between machines"
+    assert full.seconds == full.nodes
+    assert step_seconds(shape_of("70b", 4), run, Rates()).nodes == 0
 
 
 # --- the command ---
