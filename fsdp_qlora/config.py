@@ -84,7 +84,10 @@ class TrainConfig(DataSettings):
     """torch.compile each decoder block; auto: on GPUs. The first step takes up to a minute more, the others a fifth less."""
 
     timeout_s: int = 1800
-    """Seconds a rank waits for the others (start-up, load, step) before the run stops with an error."""
+    """Seconds without progress (a download, a block loaded, a step) after which the run stops and says which rank hangs."""
+
+    step_timeout_s: int | None = None
+    """The same once training has begun, for one step, evaluation batch or save; default: --timeout_s."""
 
     # --- training ---
     batch_size: int = 1
@@ -254,6 +257,7 @@ RULES: dict[str, Rule] = {
     "link_bandwidth": _above(0),
     "node_bandwidth": _above(0),
     "timeout_s": _at_least(1),
+    "step_timeout_s": _at_least(1),
     "batch_size": _at_least(1),
     "gradient_accumulation_steps": _at_least(1),
     "num_epochs": _at_least(1),

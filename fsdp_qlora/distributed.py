@@ -211,4 +211,6 @@ def agree_on_errors(ranks: Ranks, doing: str) -> Iterator[None]:
         rank, text = failed[0]
         if messages[rank][1]:
             raise Interrupted(text)
-        raise TrainingError(f"rank {rank} failed while {doing}: {text}")
+        told = TrainingError(f"rank {rank} failed while {doing}: {text}")
+        told.is_reported = True  # by the rank that failed
+        raise told

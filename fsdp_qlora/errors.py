@@ -53,6 +53,12 @@ class Interrupted(FsdpQloraError):
     exit_code = 0
 
 
+def describe(error: FsdpQloraError) -> str:
+    """Return the message, with the rank where others than the first failed alone."""
+    rank = os.environ.get("RANK", "0")
+    return f"rank {rank}: {error}" if error.rank_local and rank != "0" else str(error)
+
+
 def report(error: FsdpQloraError, debug: bool = False) -> None:
     """Print an error, unless it was printed: one that all ranks share on rank 0, one of a single rank there.
 
@@ -60,7 +66,11 @@ def report(error: FsdpQloraError, debug: bool = False) -> None:
         debug: with its traceback.
     """
     if not error.is_reported and (os.environ.get("RANK", "0") == "0" or error.rank_local):
-        trace = "".join(traceback.format_exception(error)) if debug else ""
-        lines = "\n".join(f"error: {line}" for line in str(error).splitlines())
-        print(redact(trace + lines), file=sys.stderr, flush=True)
+        show(describe(error), "".join(traceback.format_exception(error)) if debug else "")
     error.is_reported = True
+
+
+def show(message: str, trace: str = "") -> None:
+    """Print an error message, after its traceback if there is one."""
+    lines = "\n".join(f"error: {line}" for line in message.splitlines())
+    print(redact(trace + lines), file=sys.stderr, flush=True)

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
-import os
 import random
-import sys
 import time
-import traceback
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +19,8 @@ from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_wei
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.decode import read_stop_ids
-from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main, process_group
-from fsdp_qlora.errors import ConfigError, FsdpQloraError, Interrupted, TrainingError, report
+from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
+from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
@@ -33,84 +29,20 @@ from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan_choice import Request, budget_of, choose, choose_on_cpu, in_words
 from fsdp_qlora.planner import Run, model_shape
-from fsdp_qlora.profiling import check_profiling, profiling
+from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
-from fsdp_qlora.redact import redact
 from fsdp_qlora.resume import Checkpoint, check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import ADAPTER, BEST, Progress, Status, keep_metrics, start_over, take, write_exit
+from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
-from fsdp_qlora.stop import Stop
+from fsdp_qlora.session import Session, run_session
 from fsdp_qlora.trainer import Trainer
 
 
 def run(config: TrainConfig) -> None:
     """Fine-tune as `config` says; the command line's `train`."""
-    with (
-        Stop(speaks=os.environ.get("RANK", "0") == "0") as stop,
-        process_group(config.sharding, config.timeout_s) as joined,
-        contextlib.ExitStack() as stack,
-    ):
-        ranks = dataclasses.replace(joined, is_interrupted=stop.is_ending_start)
-        try:
-            finished = _take_folder(config, ranks, stack)
-            if not finished:
-                _train_and_tell(config, ranks, stop)
-        except FsdpQloraError as error:
-            # here, where a launcher's SIGTERM after the first rank's end is still held off
-            report(error, config.debug)
-            raise
-
-
-def _take_folder(config: TrainConfig, ranks: Ranks, stack: contextlib.ExitStack) -> bool:
-    """Reserve the output folder until the stack unwinds; return whether there is nothing to do."""
-    finished = False
-    with agree_on_errors(ranks, "preparing the output folder"):
-        check_profiling(config, ranks.device)
-        if ranks.is_main:
-            lock, finished = take(config)
-            stack.callback(lock.release)
-    if finished:
-        print(f"{config.output_dir} holds this run, completed: nothing to do (--overwrite starts it over)", flush=True)
-    return from_main(finished)
-
-
-def _train_and_tell(config: TrainConfig, ranks: Ranks, stop: Stop) -> None:
-    """Train, and tell in exit.json how it ended."""
-    progress, output = Progress(), Path(config.output_dir)
-    try:
-        completed = _train(config, ranks, stop, progress)
-    except Interrupted:
-        completed = False
-    except FsdpQloraError as error:
-        _write_exit(output, "failed", progress, str(error))
-        raise
-    except Exception as error:  # whatever libraries raise; the first rank to fail says so, the others only follow
-        reason = f"rank {ranks.rank} failed at step {progress.step} ({progress.doing}): {type(error).__name__}: {error}"
-        failure = TrainingError(reason)
-        failure.rank_local = _write_exit(output, "failed", progress, reason)
-        failure.is_reported = not failure.rank_local
-        if failure.rank_local:
-            print(redact(traceback.format_exc()), file=sys.stderr, flush=True)
-        raise failure from error
-    if not ranks.is_main:
-        return
-    if completed:
-        _write_exit(output, "completed", progress, "all steps are done")
-        return
-    _write_exit(output, "preempted", progress, f"{stop.received or 'a signal to another rank'} during {progress.doing}")
-    saved = "nothing was trained yet" if progress.saved_step is None else f"saved at step {progress.saved_step}"
-    print(f"stopped by a signal at step {progress.step}, {saved}; the same command goes on from there", flush=True)
-
-
-def _write_exit(output: Path, status: Status, progress: Progress, reason: str) -> bool:
-    """Write exit.json as well as the disk allows; return whether this rank is the first to tell."""
-    try:
-        return write_exit(output, status, progress, reason)
-    except OSError as error:
-        print(f"warning: exit.json cannot be written ({error.strerror})", file=sys.stderr, flush=True)
-        return True
+    run_session(config, _train)
 
 
 def _say(ranks: Ranks, text: str) -> None:
@@ -118,13 +50,12 @@ def _say(ranks: Ranks, text: str) -> None:
         print(text, flush=True)
 
 
-def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) -> bool:
+def _train(session: Session) -> bool:
     """Do the whole run; return False if a signal ended it early."""
+    config, ranks, progress, output = session.config, session.ranks, session.progress, session.output
     torch.manual_seed(config.seed + ranks.rank)
     random.seed(config.seed + ranks.rank)
-    output = Path(config.output_dir)
-    say = functools.partial(_say, ranks)
-    found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, say)
+    found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, session.say)
     folder = _resolve_model(config, ranks)
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     memory = _memory_settings(config, ranks, folder, lora)
@@ -135,18 +66,18 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
     identity = identity_of(config, tokenizer, train)
     if found is not None:
         with agree_on_errors(ranks, "comparing the run with its checkpoint"):
-            check_fit(found, config, identity, train, say)
+            check_fit(found, config, identity, train, session.say)
             progress.step = progress.saved_step = found.manifest.position.step
-    built = _load_model(config, ranks, folder, lora, memory, found)
+    built = _load_model(session, folder, lora, memory, found)
     identity["base"] = built.fingerprint
     sampler = Sampler(built.root, ranks, tokenizer, prompts, read_stop_ids(folder, tokenizer), config.max_new_tokens)
     start = found.manifest.position if found else Position()
     keep = functools.partial(_save_adapter, built, lora, _base_name(config, folder), tokenizer, ranks)
     keep_best = functools.partial(keep, output / BEST) if config.keep_best else None
-    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None, keep_best)
+    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None, keep_best, progress)
     progress.num_steps = trainer.num_steps
     if found is not None:
-        restore(found, identity, trainer.optimizer, built.root, config, ranks, say)
+        restore(found, identity, trainer.optimizer, built.root, config, ranks, session.say)
     _say_arithmetic(config, ranks, trainer)
     record = describe(config, ranks)
     record["base"] = {"folder": folder.name, "fingerprint": built.fingerprint, **dataclasses.asdict(built.quant)}
@@ -161,12 +92,12 @@ def _train(config: TrainConfig, ranks: Ranks, stop: Stop, progress: Progress) ->
             recorded = keep_metrics(output, progress.step)
         write_record(output, record)
     recorded = from_main(recorded)
-    stop.is_starting, progress.doing = False, "training"
+    session.begin_training()
     with (
         Metrics(config, record, trainer.num_steps, ranks.is_main, resumed=found is not None) as metrics,
         profiling(config, ranks, trainer.optimizer),
     ):
-        summary = trainer.fit(metrics, saver, stop, progress, recorded)
+        summary = trainer.fit(metrics, saver, session.stop, recorded)
     if summary is None:
         return False
     summary["ranks"] = _rank_reports(ranks, built)
@@ -235,18 +166,15 @@ def _load_data(
 
 
 def _load_model(
-    config: TrainConfig,
-    ranks: Ranks,
-    folder: Path,
-    lora: LoraSettings,
-    memory: MemorySettings,
-    checkpoint: Checkpoint | None,
+    session: Session, folder: Path, lora: LoraSettings, memory: MemorySettings, checkpoint: Checkpoint | None
 ) -> BuiltModel:
+    config, ranks = session.config, session.ranks
     quant = _quant_settings(config, ranks)
     started = time.monotonic()
     shown = [0.0]
 
     def progress(done: int, total: int) -> None:
+        session.progress.beat("loading weights")
         if ranks.is_main and (done == total or time.monotonic() - shown[0] > 5):
             shown[0] = time.monotonic()
             print(f"loading weights: {done}/{total} layers, {time.monotonic() - started:.0f} s", flush=True)

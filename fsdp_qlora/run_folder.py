@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -38,12 +39,20 @@ class Progress:
         step, num_steps: optimizer steps done, and in all (None: not known yet).
         saved_step: step of the newest checkpoint (None: there is none).
         doing: what the run is at.
+        beats, limit_s: a count that goes up whenever something is done, and the seconds in which it must.
     """
 
     step: int = 0
     num_steps: int | None = None
     saved_step: int | None = None
     doing: str = "start-up"
+    beats: int = 0
+    limit_s: float = math.inf
+
+    def beat(self, doing: str | None = None) -> None:
+        """Note that something was done, and what comes next."""
+        self.doing = doing or self.doing
+        self.beats += 1
 
 
 def take(config: TrainConfig) -> tuple[FileLock, bool]:

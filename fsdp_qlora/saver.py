@@ -90,6 +90,7 @@ class Saver:
         """
         self.finish()
         started = time.monotonic()
+        self.progress.beat("saving")
         partial = self.run / FOLDER / f"{name_of(position.step)}.partial-{self.run_id}"
         with agree_on_errors(self.ranks, f"saving step {position.step}"):
             if self.ranks.is_main:
@@ -99,6 +100,7 @@ class Saver:
         thread = threading.Thread(target=self._write, args=(adapter, own, python_random), daemon=True, name="saver")
         self._writing = Writing(position, partial, thread)
         thread.start()
+        self.progress.beat("training")
         self.report.stall_seconds += time.monotonic() - started
 
     def poll(self, num_writing: float) -> None:
@@ -115,6 +117,7 @@ class Saver:
         if self._writing is None:
             return
         started, writing = time.monotonic(), self._writing
+        self.progress.beat("saving")
         writing.thread.join()
         self._writing = None
         try:
@@ -124,6 +127,7 @@ class Saver:
                 shutil.rmtree(writing.folder, ignore_errors=True)
             raise
         self.progress.saved_step = writing.position.step
+        self.progress.beat("training")
         self.report.count += 1
         self.report.size_bytes = sum(record.size for record in files.values())
         self.report.stall_seconds += time.monotonic() - started

@@ -52,6 +52,7 @@ class Trainer:
         start: where to go on.
         sampler: answers sample prompts at every evaluation.
         keep_best: called after every evaluation that gave the lowest loss so far, on all ranks.
+        progress: kept up to date.
     """
 
     def __init__(
@@ -61,15 +62,18 @@ class Trainer:
         built: BuiltModel,
         train: data.Loader,
         evaluation: Mapping[str, data.Loader],
-        start: Position = Position(),  # noqa: B008 (frozen)
+        start: Position | None = None,
         sampler: Sampler | None = None,
         keep_best: Callable[[], None] | None = None,
+        progress: Progress | None = None,
     ) -> None:
         self.config, self.ranks, self.root = config, ranks, built.root
         self.train_loader, self.eval_loaders, self.sampler = train, evaluation, sampler
         self.keep_best = keep_best
         self.optimizer = build_optimizer(built.root, config)
-        self.position = start
+        self.progress = progress or Progress()
+        built.root.register_forward_pre_hook(lambda *_: self.progress.beat())  # training, evaluation and samples alike
+        self.position = start = start or Position()
         self.num_steps = config.max_steps
         if config.max_steps < 0:
             left = sum(train.num_steps(epoch) for epoch in range(start.epoch, config.num_epochs))
@@ -119,13 +123,10 @@ class Trainer:
         """Return loss, perplexity and token accuracy on the evaluation sets ({} without any)."""
         return evaluate(self.root, self.eval_loaders, self.ranks)
 
-    def fit(
-        self, metrics: Metrics, saver: Saver, stop: Stop, progress: Progress, recorded: list[dict[str, Any]]
-    ) -> dict[str, Any] | None:
+    def fit(self, metrics: Metrics, saver: Saver, stop: Stop, recorded: list[dict[str, Any]]) -> dict[str, Any] | None:
         """Train to the end, evaluating before, after and every `eval_steps`, and saving every `save_steps`.
 
         Args:
-            progress: kept up to date.
             recorded: the metrics of earlier sessions of the run.
 
         Returns:
@@ -146,7 +147,8 @@ class Trainer:
             done = (time.monotonic() - started) / (step + 1 - first_step)
             self._log_step(metrics, result, step, epoch, seconds, done * (self.num_steps - step - 1))
             self.position = self._after(result.num_tokens, seconds)
-            progress.step = self.position.step
+            self.progress.step = self.position.step
+            self.progress.beat()
             num_writing, num_stopping = result.votes
             stopped = num_stopping > 0
             saver.poll(num_writing)
@@ -157,8 +159,8 @@ class Trainer:
         saver.finish()
         if self._has_stalled(evaluations) and self.position.step < self.num_steps and not stopped:
             metrics.show(f"stopped at step {self.position.step}: the lowest loss is that of step {_best(evaluations)}")
-            self.num_steps = self.position.step
-            if progress.saved_step != self.position.step:
+            self.num_steps = self.progress.num_steps = self.position.step
+            if self.progress.saved_step != self.position.step:
                 saver.start(self.position)
                 saver.finish()
         return None if stopped else self._summary(evaluations, loss)

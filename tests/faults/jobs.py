@@ -81,6 +81,11 @@ def make_inputs(folder: Path) -> dict[str, str]:
     return {"model": str(base), "dataset": str(data)}
 
 
+def of_world(inputs: dict[str, str], world_size: int) -> dict[str, Any]:
+    """Return settings with the same global batch for every world size."""
+    return {**SETTINGS, **inputs, "gradient_accumulation_steps": 4 // world_size}
+
+
 def start(world_size: int, settings: dict[str, Any], fault: Fault | None = None) -> Job:
     """Start a job; settings are those of the command line."""
     output = Path(settings["output_dir"])

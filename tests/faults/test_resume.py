@@ -4,47 +4,11 @@ from __future__ import annotations
 
 import functools
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tests.faults.faults import kill_after_step
-from tests.faults.jobs import SETTINGS, ended, losses, make_inputs, state, train
-
-
-@pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
-    return make_inputs(tmp_path_factory.mktemp("inputs"))
-
-
-class References(dict[int, Path]):
-    """Uninterrupted runs by world size, each done when it is first asked for."""
-
-    def __init__(self, settings: dict[str, Any], folder: Path) -> None:
-        super().__init__()
-        self.settings, self.folder = settings, folder
-
-    def __missing__(self, world_size: int) -> Path:
-        run = self.folder / str(world_size)
-        assert train(world_size, {**self.settings, "output_dir": run}) == [0] * world_size
-        self[world_size] = run
-        return run
-
-
-def of_world(inputs: dict[str, str], world_size: int) -> dict[str, Any]:
-    """Return settings with the same global batch for every world size."""
-    return {**SETTINGS, **inputs, "gradient_accumulation_steps": 4 // world_size}
-
-
-@pytest.fixture(scope="module")
-def references(inputs: dict[str, str], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
-    folder = tmp_path_factory.mktemp("references")
-    found = {}
-    for world_size in (1, 2):
-        found[world_size] = folder / str(world_size)
-        settings = {**of_world(inputs, world_size), "output_dir": found[world_size]}
-        assert train(world_size, settings) == [0] * world_size, found[world_size].with_suffix(".log").read_text()
-    return found
+from tests.faults.jobs import ended, losses, of_world, state, train
 
 
 @pytest.mark.parametrize(("world_size", "step"), [(1, 1), (1, 2), (1, 5), (1, 8), (2, 3), (2, 6)])
