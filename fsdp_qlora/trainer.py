@@ -72,7 +72,7 @@ class Trainer:
         self.keep_best = keep_best
         self.optimizer = build_optimizer(built.root, config)
         self.progress = progress or Progress()
-        built.root.register_forward_pre_hook(lambda *_: self.progress.beat())  # training, evaluation and samples alike
+        built.skeleton.blocks[0].register_forward_pre_hook(lambda *_: self.progress.beat())
         self.position = start = start or Position()
         self.num_steps = config.max_steps
         if config.max_steps < 0:
