@@ -381,6 +381,7 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
     offloaded = list(itertools.compress(shape.blocks, spread(memory.offload_blocks, len(shape.blocks))))
     lora = sum(block.lora_part for block in offloaded) if memory.offload_lora else 0
     hidden = run.tokens * shape.widths.hidden * shape.itemsize
+    trained, trained_part = (sum(parts) for parts in zip(*((b.lora, b.lora_part) for b in shape.blocks), strict=True))
     sizes = {
         "4-bit weights": ranks * sum(block.packed_part for block in offloaded),
         "embedding and head": ranks * shape.vocabulary_part if memory.offload_vocabulary else 0,
@@ -388,6 +389,8 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
         "gradients": ranks * lora,
         "optimizer state": ranks * 2 * lora,
         "kept hidden states": ranks * memory.checkpoint_blocks * hidden if memory.offload_activations else 0,
+        # copies of the adapter, on one rank, and of AdamW's two moments, which a thread writes while training goes on
+        "checkpoint being saved": trained + ranks * 2 * trained_part,
         "processes": ranks * PROCESS_BYTES,
     }
     return {name: size for name, size in sizes.items() if size}

@@ -30,30 +30,30 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def _own_bytes(pid: int) -> int:
-    """Return the RAM of a process that is its own (pinned memory included): no page cache, no mapped files."""
-    fields = dict(line.split(":", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines() if ":" in line)
-    return sum(int(fields.get(name, "0 kB").split()[0]) * 1024 for name in ("RssAnon", "RssShmem"))
+def own_bytes(pid: int | str = "self") -> int:
+    """Return the RAM of a process that is its own: pinned memory, no page cache, a share of shared pages."""
+    fields = dict(
+        line.split(":", 1) for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines() if ":" in line
+    )
+    return sum(int(fields[name].split()[0]) * 1024 for name in ("Pss_Anon", "Pss_Shmem"))
 
 
 class HostMeter(threading.Thread):
-    """Samples the RAM of a process and all its children; `peak` is the largest sum seen, in bytes."""
+    """Samples the RAM of a process and all its children; `peak` holds the bytes of each when their sum was largest."""
 
     def __init__(self, pid: int) -> None:
         super().__init__(daemon=True)
-        self.pid, self.peak = pid, 0
+        self.pid, self.peak = pid, [0]
 
     def run(self) -> None:
         """Sample until the process is gone."""
-        while True:
+        while Path(f"/proc/{self.pid}").exists():
             try:
-                total = sum(_own_bytes(pid) for pid in _children(self.pid))
-            except (OSError, ValueError):
-                total = 0  # a process ended while being read
-            self.peak = max(self.peak, total)
-            if not Path(f"/proc/{self.pid}").exists():
-                return
-            time.sleep(0.3)
+                sizes = [own_bytes(pid) for pid in _children(self.pid)]
+            except (OSError, ValueError, KeyError):
+                sizes = []  # a process ended while being read
+            self.peak = max(self.peak, sizes, key=sum)
+            time.sleep(0.5)
 
 
 def main(
@@ -98,7 +98,8 @@ def main(
     print(f"  load seconds             {[round(rank['load_seconds'], 1) for rank in result['ranks']]}")
     print(f"  GiB read per rank        {[round(rank['bytes_read'] / 2**30, 2) for rank in result['ranks']]}")
     print(f"  peak GPU GiB reserved    {[rank['peak_gpu_gib'] for rank in result['ranks']]}")
-    print(f"  peak host GiB, all ranks {meter.peak / 2**30:.1f}")
+    sizes = sorted((f"{size / 2**30:.1f}" for size in meter.peak), key=float, reverse=True)
+    print(f"  peak host GiB            {sum(meter.peak) / 2**30:.1f} (processes: {' '.join(sizes)})")
     print(f"  seconds per step         {[line['step_seconds'] for line in metrics if 'loss' in line]}")
     print(f"  losses                   {[round(line['loss'], 4) for line in metrics if 'loss' in line]}")
     print(

@@ -223,6 +223,13 @@ def test_as_few_blocks_are_checkpointed_as_the_card_needs(shape_of) -> None:
     assert not limits.holds(estimate(shape, replace(request.run, memory=fewer)))
 
 
+def test_a_save_copies_the_adapter_once_and_the_moments_of_every_rank(shape_of) -> None:
+    shape = shape_of("8b", num_shards=2)
+    host = estimate(shape, Run(1, 2048, local_ranks=2)).host
+    trained = sum(block.lora for block in shape.blocks)
+    assert host["checkpoint being saved"] == trained + 2 * trained
+
+
 def test_hidden_states_go_to_the_host_for_the_longest_contexts(shape_of) -> None:
     memory = choose(shape_of("8b"), budget(24, 64), Request(Run(1, 75_000))).memory
     assert memory.offload_activations
