@@ -31,8 +31,11 @@ class RowSettings:
     dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Form of the rows; auto looks at the column names of the first row."""
 
-    train_on: Literal["responses", "all"] = "responses"
-    """Tokens that count in the loss: only the model's answers, or everything."""
+    train_on: Literal["assistant", "last", "all"] = "assistant"
+    """Tokens that count in the loss: the model's answers and tool calls, only the last of them, or everything."""
+
+    chat_template: str | None = None
+    """File with a Jinja chat template to use in the place of the model's own; it is saved with the adapter."""
 
     bad_rows: Literal["stop", "skip"] = "stop"
     """A malformed row stops the run with its line number, or is skipped, counted and listed."""

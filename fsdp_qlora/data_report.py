@@ -11,6 +11,7 @@ from rich.text import Text
 from fsdp_qlora.build import load_tokenizer
 from fsdp_qlora.config import DataConfig
 from fsdp_qlora.data.survey import Sample, Survey, survey
+from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.pages import write_page
 
@@ -31,6 +32,7 @@ def run(config: DataConfig) -> None:
         ConfigError: the page cannot be written.
     """
     tokenizer = load_tokenizer(resolve_config(config.model, config.revision, tokenizer=True))
+    use_template(tokenizer, config.chat_template)
     found = survey(config, tokenizer)
     console = Console(highlight=False, soft_wrap=True)
     console.print(escape("\n".join(summary(config, found))))

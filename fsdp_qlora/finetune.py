@@ -18,6 +18,7 @@ from fsdp_qlora.adapters import adapter_config, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
 from fsdp_qlora.errors import ConfigError
@@ -150,6 +151,7 @@ def _load_data(
 ) -> tuple[PreTrainedTokenizerBase, data.Loader, dict[str, data.Loader]]:
     with agree_on_errors(ranks, "loading the data"):
         tokenizer = load_tokenizer(folder)
+        use_template(tokenizer, config.chat_template)
         train, evaluation, report = data.load_splits(config, tokenizer)
         vocab_size = read_config(folder)[0].vocab_size
         for examples in (train, *evaluation.values()):

@@ -16,6 +16,7 @@ from fsdp_qlora.config import EvaluateConfig
 from fsdp_qlora.data.formats import Row, load_rows
 from fsdp_qlora.data.prompts import question_tokens
 from fsdp_qlora.data.splits import tokenize_rows
+from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import generate, read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, process_group
 from fsdp_qlora.errors import ConfigError, DataError
@@ -67,6 +68,7 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
         adapter = open_adapter(Path(config.adapter), config.model) if config.adapter is not None else None
         base = resolve(adapter.base if adapter else config.model or "")
         tokenizer = load_tokenizer(_tokenizer_folder(adapter, base))
+        use_template(tokenizer, config.chat_template)
         report = data.DataReport(bad_rows=config.bad_rows)
         rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed)
         examples = tokenize_rows(rows, tokenizer, config, report)

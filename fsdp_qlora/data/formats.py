@@ -4,25 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
+from fsdp_qlora.data.chats import RowError, check_conversation, string_of, texts_of, tools_of, turns_of
 from fsdp_qlora.data.demo import demo_rows
-from fsdp_qlora.data.readers import MAX_ROW_BYTES, json_type, read_raw, too_long
+from fsdp_qlora.data.readers import MAX_ROW_BYTES, read_raw, too_long
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.templates import Message
 from fsdp_qlora.errors import DataError
 
 DEMO_DATASETS: dict[str, tuple[Literal["train", "test"], int]] = {"demo": ("train", 2000), "demo-test": ("test", 200)}
 """Split and number of rows of the demo datasets; their questions differ."""
-
-ROLES = {
-    "system": "system",
-    "user": "user",
-    "human": "user",
-    "assistant": "assistant",
-    "gpt": "assistant",
-}
-"""Names of roles in messages and sharegpt rows."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +27,13 @@ class Row:
     kind: Literal["chat", "completion", "text"]
 
     messages: tuple[Message, ...] = ()
-    """An optional system message, then user and assistant in turn, ending with assistant; a completion has two."""
+    """A conversation in the order that chats.FOLLOWS allows, ending with an answer; a completion has two messages."""
 
     text: str = ""
     """The text of a kind='text' row."""
+
+    tools: tuple[dict[str, Any], ...] = ()
+    """Descriptions of the tools that may be called, in JSON's types."""
 
 
 class Content(NamedTuple):
@@ -47,10 +42,7 @@ class Content(NamedTuple):
     kind: Literal["chat", "completion", "text"]
     messages: list[Message]
     text: str = ""
-
-
-class RowError(Exception):
-    """What is wrong with a row; load_rows adds its place."""
+    tools: tuple[dict[str, Any], ...] = ()
 
 
 def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: int = 0) -> list[Row]:
@@ -113,7 +105,7 @@ def check_row(where: str, content: Content) -> Row:
     Raises:
         RowError: naming the first rule that is broken.
     """
-    texts = [message["content"] for message in content.messages] + [content.text] * (content.kind == "text")
+    texts = texts_of(content.messages) + [content.text] * (content.kind == "text")
     size = sum(map(len, texts))
     if size > MAX_ROW_BYTES:
         raise RowError(too_long(size))
@@ -127,7 +119,7 @@ def check_row(where: str, content: Content) -> Row:
     if messages and messages[0]["role"] == "system" and not messages[0]["content"].strip():
         messages = messages[1:]  # an empty system column says: none
     check_conversation(messages)
-    return Row(where, content.kind, tuple(messages))
+    return Row(where, content.kind, tuple(messages), tools=content.tools)
 
 
 def check_text(text: str) -> None:
@@ -140,69 +132,17 @@ def check_text(text: str) -> None:
         raise RowError(f"invalid UTF-8 or unpaired surrogate at character {error.start + 1}") from error
 
 
-def check_conversation(messages: list[Message]) -> None:
-    """Raise RowError unless roles are [system,] user, assistant, user, assistant, ... and no content is blank."""
-    if not messages:
-        raise RowError("the conversation is empty")
-    if all(message["role"] != "assistant" for message in messages):
-        raise RowError("no assistant message, so nothing to learn from")
-    first = 1 if messages[0]["role"] == "system" else 0
-    for number, message in enumerate(messages[first:], first + 1):
-        expected = "user" if (number - first) % 2 == 1 else "assistant"
-        if message["role"] != expected:
-            raise RowError(f"message {number} is from {message['role']}, expected {expected}: roles out of order")
-    if messages[-1]["role"] != "assistant":
-        raise RowError(f"the last message is from {messages[-1]['role']}, expected assistant")
-    for number, message in enumerate(messages, 1):
-        if not message["content"].strip():
-            raise RowError(f"message {number} ({message['role']}) is empty")
-
-
-def string_of(columns: dict[str, object], name: str, *, optional: bool = False) -> str:
-    """Return a text column; a missing or null optional one is ''.
-
-    Raises:
-        RowError: the column is missing or holds another type.
-    """
-    value = columns.get(name)
-    if optional and value is None:
-        return ""
-    if name not in columns:
-        raise RowError(f"column {name!r} is missing")
-    if not isinstance(value, str):
-        raise RowError(f"{name!r} must be a string, found {json_type(value)}")
-    return value
-
-
-def turns_of(columns: dict[str, object], list_name: str, role_name: str, content_name: str) -> Content:
-    """Return the conversation in a column that holds a list of objects with a role and a text."""
-    if list_name not in columns:
-        raise RowError(f"column {list_name!r} is missing")
-    turns = columns[list_name]
-    if not isinstance(turns, list):
-        raise RowError(f"{list_name!r} must be a list, found {json_type(turns)}")
-    messages: list[Message] = []
-    for number, turn in enumerate(turns, 1):
-        if not isinstance(turn, dict):
-            raise RowError(f"message {number} must be an object, found {json_type(turn)}")
-        try:
-            role, content = string_of(turn, role_name), string_of(turn, content_name)
-        except RowError as error:
-            raise RowError(f"message {number}: {error}") from error
-        if role not in ROLES:
-            raise RowError(f"message {number}: unknown role {role[:40]!r}, known are {', '.join(ROLES)}")
-        messages.append({"role": ROLES[role], "content": content})
-    return Content("chat", messages)
-
-
 def read_messages(columns: dict[str, object]) -> Content:
-    """{"messages": [{"role", "content"}, ...]}."""
-    return turns_of(columns, "messages", "role", "content")
+    """{"messages": [{"role", "content"}, ...]}, and "tools" if there are any; see chats.py for tool calls and reasoning."""
+    return Content("chat", turns_of(columns, "messages", "role", "content"), tools=tools_of(columns))
 
 
 def read_sharegpt(columns: dict[str, object]) -> Content:
-    """{"conversations": [{"from", "value"}, ...]}."""
-    return turns_of(columns, "conversations", "from", "value")
+    """{"conversations": [{"from", "value"}, ...]}, and "system" and "tools" if there are any."""
+    messages = turns_of(columns, "conversations", "from", "value")
+    if system := string_of(columns, "system", optional=True):
+        messages.insert(0, {"role": "system", "content": system})
+    return Content("chat", messages, tools=tools_of(columns))
 
 
 def read_alpaca(columns: dict[str, object]) -> Content:

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.data.formats import Row
 from fsdp_qlora.data.splits import make_renderer, to_document
 from fsdp_qlora.data.templates import special_tokens
-from fsdp_qlora.data.tokenize import IGNORE, Encoder, Example
+from fsdp_qlora.data.tokenize import Encoder, start_of_last_answer
 from fsdp_qlora.errors import DataError
 
 
@@ -38,18 +38,8 @@ def question_tokens(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> 
     for row, example in zip(rows, examples, strict=True):
         if isinstance(example, DataError):
             raise DataError(f"{row.where}: {example}")
-        question = example.input_ids[: start_of_last_answer(example)]
+        question = example.input_ids[: start_of_last_answer(example.labels)]
         if not question:
             raise DataError(f"{row.where}: plain text has no question to answer; give conversations")
         questions.append(question)
     return questions
-
-
-def start_of_last_answer(example: Example) -> int:
-    """Return the index of the first token of the last run of targets."""
-    position = len(example.labels)
-    while position and example.labels[position - 1] == IGNORE:
-        position -= 1
-    while position and example.labels[position - 1] != IGNORE:
-        position -= 1
-    return position

@@ -99,7 +99,7 @@ def tokenize_rows(
         return []
     renderer = make_renderer(rows, tokenizer)
     control_tokens = renderer.control_tokens if renderer else special_tokens(tokenizer)
-    encoder = Encoder(tokenizer, control_tokens, all_targets=config.train_on == "all")
+    encoder = Encoder(tokenizer, control_tokens, config.train_on)
     examples: list[Example] = []
     for start in range(0, len(rows), ENCODE_BATCH):
         documents: list[Document] = []
@@ -137,7 +137,7 @@ def to_document(row: Row, renderer: ChatRenderer | None) -> Document:
     if row.kind == "text":
         return Document((Piece(row.text, True, True),), add_special_tokens=True, append_eos=True)
     if renderer is not None:
-        return renderer.render(row.messages)
+        return renderer.render(row.messages, row.tools)
     pieces = tuple(Piece(message["content"], False, message["role"] == "assistant") for message in row.messages)
     return Document(pieces, add_special_tokens=True, append_eos=True)
 

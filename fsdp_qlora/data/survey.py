@@ -12,6 +12,7 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.command_config import DataConfig
+from fsdp_qlora.data.chats import texts_of
 from fsdp_qlora.data.formats import Row
 from fsdp_qlora.data.loader import LoaderStats, make_loader
 from fsdp_qlora.data.report import DataReport
@@ -137,7 +138,7 @@ def _row_warnings(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> li
     found: Counter[str] = Counter()
     first = ""
     for row in rows:
-        text = row.text + "\n".join(message["content"] for message in row.messages)
+        text = row.text + "\n".join(texts_of(list(row.messages)))
         inside = [token for token in control_tokens if token in text]
         found.update(inside)
         first = first or (row.where if inside else "")

@@ -8,7 +8,7 @@ import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -20,6 +20,8 @@ from fsdp_qlora.errors import DataError
 
 IGNORE = -100
 """Label of a position that is not a target."""
+
+TrainOn: TypeAlias = Literal["assistant", "last", "all"]
 
 Offsets: TypeAlias = list[tuple[int, int]]
 """Character span [start, end) of each token."""
@@ -44,14 +46,14 @@ class Encoder:
     Args:
         tokenizer: a fast (Rust) one, for its offsets.
         control_tokens: token texts that contents must not produce.
-        all_targets: every token is a target, whatever the pieces say.
+        train_on: which tokens are targets: those of the target pieces ('assistant'), of the last run of them, or all.
 
     Raises:
         DataError: the tokenizer is not a fast one or has no eos token.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, control_tokens: set[str], *, all_targets: bool = False
+        self, tokenizer: PreTrainedTokenizerBase, control_tokens: set[str], train_on: TrainOn = "assistant"
     ) -> None:
         if not tokenizer.is_fast:
             raise DataError(f"{tokenizer.name_or_path} has no fast tokenizer; add its tokenizer.json")
@@ -59,7 +61,7 @@ class Encoder:
             raise DataError(f"{tokenizer.name_or_path} has no eos token; set eos_token in tokenizer_config.json")
         self._tokenizer = tokenizer
         self._control_tokens = control_tokens
-        self._all_targets = all_targets
+        self._train_on = train_on
         self._is_control = np.zeros(len(tokenizer), dtype=bool)
         self._is_control[[tokenizer.convert_tokens_to_ids(token) for token in control_tokens]] = True
         self._is_control_for_sure = self._is_control.copy()
@@ -106,13 +108,16 @@ class Encoder:
                 return DataError("holds a control token that this tokenizer cannot encode as plain text; remove it")
         input_ids = [self._integers[i] for i in ids]  # shared int objects, a quarter of the memory of new ones
         labels = list(input_ids)
-        if not self._all_targets and not all(piece.target for piece in pieces):
+        if self._train_on != "all" and not all(piece.target for piece in pieces):
             targets = tokens_in_spans(offsets, spans_of(pieces, lambda piece: piece.target))
             labels = [i if target else IGNORE for i, target in zip(input_ids, targets.tolist(), strict=True)]
         eos = self._tokenizer.eos_token_id
         if document.append_eos and input_ids[-1:] != [eos]:
             input_ids.append(eos)
             labels.append(eos)
+        if self._train_on == "last":
+            start = start_of_last_answer(labels)
+            labels[:start] = [IGNORE] * start
         return Example(input_ids, labels)
 
     def _rename_control_tokens(self, piece: Piece) -> Piece:
@@ -151,6 +156,16 @@ class Encoder:
         for old, new in names.items():
             assert renamed.token_to_id(new) == self._tokenizer.convert_tokens_to_ids(old), f"{old!r} changed its id"
         return renamed
+
+
+def start_of_last_answer(labels: Sequence[int]) -> int:
+    """Return the index of the first token of the last run of targets."""
+    position = len(labels)
+    while position and labels[position - 1] == IGNORE:
+        position -= 1
+    while position and labels[position - 1] != IGNORE:
+        position -= 1
+    return position
 
 
 def contents_hold(chosen_V: npt.NDArray[np.bool_], pieces: Sequence[Piece], ids: list[int], offsets: Offsets) -> bool:

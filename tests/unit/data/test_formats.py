@@ -92,7 +92,10 @@ MALFORMED = {
     "no answer": (chat(QUESTION), "no assistant message"),
     "blank answer": (chat(QUESTION, ("assistant", " \n")), r"message 2 \(assistant\) is empty"),
     "blank question": (chat(("user", ""), ANSWER), r"message 1 \(user\) is empty"),
-    "answer first": (chat(ANSWER, QUESTION), "message 1 is from assistant, expected user: roles out of order"),
+    "answer first": (
+        chat(ANSWER, QUESTION),
+        "message 1 is from assistant, expected user or system: roles out of order",
+    ),
     "two questions": (chat(QUESTION, QUESTION, ANSWER), "message 2 is from user, expected assistant"),
     "late system": (chat(QUESTION, ("system", "x"), ANSWER), "message 2 is from system, expected assistant"),
     "question last": (chat(QUESTION, ANSWER, QUESTION), "the last message is from user"),
@@ -133,7 +136,7 @@ def test_malformed_rows_are_skipped_counted_and_listed(tmp_path: Path) -> None:
     ("dataset_format", "columns", "reason"),
     [
         ("sharegpt", {"conversations": [{"from": "human", "value": 1}]}, "message 1: 'value' must be a string"),
-        ("sharegpt", {"conversations": [{"from": "tool", "value": "x"}]}, "unknown role 'tool'"),
+        ("sharegpt", {"conversations": [{"from": "robot", "value": "x"}]}, "unknown role 'robot'"),
         ("alpaca", {"instruction": "Why?"}, "column 'output' is missing"),
         ("alpaca", {"instruction": "Why?", "input": ["x"], "output": "a"}, "'input' must be a string, found a list"),
         ("alpaca", {"instruction": "Why?", "output": " "}, "is empty"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jinja2
 import pytest
@@ -15,7 +16,7 @@ from fsdp_qlora.errors import DataError
 from tests.unit.data.families import CONVERSATION, FAMILIES, tiny_tokenizer
 
 
-def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: bool) -> Example:
+def encode(tokenizer: PreTrainedTokenizerBase, messages: list[dict[str, str]], **settings: Any) -> Example:
     """Render and encode one conversation."""
     renderer = ChatRenderer(tokenizer)
     (example,) = Encoder(tokenizer, renderer.control_tokens, **settings).encode([renderer.render(messages)])
@@ -70,8 +71,17 @@ def test_the_first_answer_alone(family: str) -> None:
 
 
 def test_train_on_all_makes_every_token_a_target() -> None:
-    example = encode(tiny_tokenizer("chatml"), CONVERSATION, all_targets=True)
+    example = encode(tiny_tokenizer("chatml"), CONVERSATION, train_on="all")
     assert example.labels == example.input_ids
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_train_on_last_makes_only_the_last_answer_a_target(family: str) -> None:
+    tokenizer = tiny_tokenizer(family)
+    example = encode(tokenizer, CONVERSATION, train_on="last")
+    both = encode(tokenizer, CONVERSATION)
+    assert example.input_ids == both.input_ids
+    assert target_texts(tokenizer, example) == target_texts(tokenizer, both)[-1:]
 
 
 @pytest.mark.parametrize("family", FAMILIES)

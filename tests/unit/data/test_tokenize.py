@@ -52,7 +52,7 @@ def test_completion_learns_the_answer_and_eos(add_bos: bool) -> None:
     assert example.labels[-len(answer) - 1 :] == [*answer, tokenizer.eos_token_id]
     assert set(example.labels[: -len(answer) - 1]) == {IGNORE}
     assert (example.input_ids[0] == tokenizer.bos_token_id) == add_bos
-    everything = encode(tokenizer, completion("What is 1+1?\n", "It is </s> 2."), all_targets=True)
+    everything = encode(tokenizer, completion("What is 1+1?\n", "It is </s> 2."), train_on="all")
     assert everything.labels == everything.input_ids == example.input_ids
 
 
