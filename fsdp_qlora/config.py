@@ -89,6 +89,9 @@ class TrainConfig(DataSettings):
     step_timeout_s: int | None = None
     """The same once training has begun, for one step, evaluation batch or save; default: --timeout_s."""
 
+    download_timeout_s: int = 21600
+    """Seconds that ranks wait for the model's download, by one process of each node, or of all that share HF_HOME."""
+
     # --- training ---
     batch_size: int = 1
     """Sequences per GPU and micro-batch."""
@@ -258,6 +261,7 @@ RULES: dict[str, Rule] = {
     "node_bandwidth": _above(0),
     "timeout_s": _at_least(1),
     "step_timeout_s": _at_least(1),
+    "download_timeout_s": _at_least(1),
     "batch_size": _at_least(1),
     "gradient_accumulation_steps": _at_least(1),
     "num_epochs": _at_least(1),

@@ -183,11 +183,14 @@ def shard_rows(num_rows: int, shard: int, num_shards: int) -> tuple[int, int]:
 
 
 @contextmanager
-def agree_on_errors(ranks: Ranks, doing: str) -> Iterator[None]:
+def agree_on_errors(ranks: Ranks, doing: str, group: dist.ProcessGroup | None = None) -> Iterator[None]:
     """Make an error of any rank inside the `with` block an error of every rank, so that none waits for a dead one.
 
     The block must not contain collectives that a failing rank would skip. The rank that failed raises its own error; the
     others raise TrainingError with its message. A rank that is to end (Ranks.is_interrupted) ends all of them.
+
+    Args:
+        group: all ranks, with a time limit of its own; default: that of --timeout_s.
 
     Raises:
         Interrupted: on every rank.
@@ -202,7 +205,7 @@ def agree_on_errors(ranks: Ranks, doing: str) -> Iterator[None]:
         failure, message = error, str(error)
     is_interrupted = isinstance(failure, Interrupted)
     messages: list[tuple[str, bool]] = [("", False)] * ranks.world_size
-    dist.all_gather_object(messages, (message, is_interrupted))
+    dist.all_gather_object(messages, (message, is_interrupted), group=group)
     failed = [(rank, text) for rank, (text, _) in enumerate(messages) if text]
     if failure is not None:
         failure.rank_local = ranks.rank == failed[0][0]

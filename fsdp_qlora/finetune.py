@@ -22,10 +22,11 @@ from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.fetch import fetch_once
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
-from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.models.hub import download_cache, resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan_choice import Request, budget_of, choose, choose_on_cpu, in_words
@@ -39,6 +40,7 @@ from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.session import Session, run_session
 from fsdp_qlora.trainer import Trainer
+from fsdp_qlora.watchdog import GRACE_S
 
 
 def run(config: TrainConfig) -> None:
@@ -57,7 +59,7 @@ def _train(session: Session) -> bool:
     torch.manual_seed(config.seed + ranks.rank)
     random.seed(config.seed + ranks.rank)
     found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, session.say)
-    folder = _resolve_model(config, ranks)
+    folder = _resolve_model(session)
     lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
@@ -129,11 +131,15 @@ def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, wanted * 2**30 / total), ranks.device)
 
 
-def _resolve_model(config: TrainConfig, ranks: Ranks) -> Path:
-    """Return the model's folder; one process of each node downloads, the others wait for it."""
-    with agree_on_errors(ranks, "fetching the model"):
-        if ranks.local_rank == 0:
-            resolve(config.model, config.revision)
+def _resolve_model(session: Session) -> Path:
+    """Return the model's folder, downloaded by few of the ranks."""
+    config, ranks, progress = session.config, session.ranks, session.progress
+    cache, limit_s = download_cache(config.model), config.download_timeout_s
+    progress.limit_s = limit_s
+    progress.beat("fetching the model")
+    fetch_once(lambda: resolve(config.model, config.revision), cache, ranks, limit_s + GRACE_S)
+    progress.limit_s = config.timeout_s
+    progress.beat("start-up")
     with agree_on_errors(ranks, "checking the settings"):
         folder = resolve(config.model, config.revision)
         model_config, _ = read_config(folder)

@@ -63,16 +63,21 @@ requeue_says() {
     python -m fsdp_qlora.requeue --max_fruitless "${MAX_FRUITLESS:-3}" "$@" "${arguments[@]}"
 }
 
-# train COMMAND...: run the launcher with the arguments; afterwards end the job, or put it back into the queue.
-# `stop_training SIGNAL` must be defined: the signal has come, and the launcher whose pid is $launcher is to end.
+# train TORCHRUN...: run that command on every node, with train.py and its arguments; afterwards end the job, or put it back
+# into the queue.
 train() {
     local answer=0 code=0
     signalled=()
     requeue_says begin || answer=$?
     if [[ $answer != 0 ]]; then exit "$answer"; fi
 
-    "$@" train.py "${arguments[@]}" &
-    launcher=$!
+    # As a step of srun, on one node too: on preemption SLURM signals steps, and not this script.
+    # --cpus-per-task: a step does not inherit it from the job since SLURM 22.05, and would have one core.
+    # --wait: once one node has ended, the others have two minutes to end by themselves (a rank may still be saving). No
+    # --kill-on-bad-exit: torchrun exits with 1 after a signal, and the node that ends first must not kill the others.
+    srun --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" \
+        --kill-on-bad-exit=0 --wait=120 "$@" train.py "${arguments[@]}" &
+    local launcher=$!
     # --signal=B:USR1@... before the time limit; TERM on preemption, scancel and scontrol requeue
     trap 'pass_on USR1' USR1
     trap 'pass_on TERM' TERM
@@ -96,11 +101,11 @@ train() {
     exit "$answer"
 }
 
-# pass_on SIGNAL: the trap. Once is enough: ranks that get a second signal end without saving.
+# pass_on SIGNAL: the trap. Once is enough: ranks that get a second signal end without saving. So only USR1 is passed on,
+# which comes to this script alone; TERM SLURM sends to the torchruns itself. It goes through scancel, since srun takes a
+# SIGTERM as the order to kill the step.
 pass_on() {
-    echo "received SIG$1: telling the ranks to save and stop"
-    if ((${#signalled[@]} == 0)); then
-        signalled=(--signalled)
-        stop_training "$1"
-    fi
+    echo "received SIG$1: the ranks save and stop"
+    if [[ $1 == USR1 && ${#signalled[@]} == 0 ]]; then scancel --signal=TERM "$SLURM_JOB_ID"; fi
+    signalled=(--signalled)
 }

@@ -7,6 +7,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 started=$SECONDS
 
 scripts/setup.sh demo
+# shellcheck source=/dev/null
 source .venv/bin/activate
 installed=$SECONDS
 

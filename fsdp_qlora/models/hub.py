@@ -91,6 +91,18 @@ def _repo(model: str) -> str:
     return model
 
 
+def download_cache(model: str) -> Path | None:
+    """Return the folder that `resolve` fills with a --model value; None for what never comes from the hub."""
+    alias = ALIASES.get(model)
+    if alias is not None and alias.repo is None:
+        return cache_dir()
+    if alias is None and Path(model).expanduser().exists():
+        return None
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def cache_dir() -> Path:
     """Return the folder for files that this package makes once and keeps."""
     default = Path.home() / ".cache" / "fsdp_qlora"

@@ -15,7 +15,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 LAUNCH = ROOT / "launch"
-FILES = sorted(LAUNCH.glob("*.s*"))
+FILES = sorted([*LAUNCH.glob("*.s*"), *(ROOT / "scripts").glob("*.sh")])
 JOBS = ("slurm_single_node.sbatch", "slurm_multi_node.sbatch")
 
 TORCHRUN = """#!/usr/bin/env bash
@@ -151,7 +151,7 @@ def test_arguments_pass_through(job: Job, file: str) -> None:
 def test_one_torchrun_a_node_meets_the_others_at_a_port_of_the_job(job: Job) -> None:
     code, out = job.run("slurm_multi_node.sbatch", "--output_dir", str(job.output_dir))
     assert code == 0, out
-    assert {"--ntasks=2", "--ntasks-per-node=1"} <= set(job.called("srun"))
+    assert {"--ntasks=2", "--ntasks-per-node=1", "--cpus-per-task=16"} <= set(job.called("srun"))
     called = dict(zip(job.called("torchrun"), job.called("torchrun")[1:], strict=False))
     host = subprocess.run(["hostname"], capture_output=True, text=True, check=True).stdout.strip()
     assert called["--rdzv_endpoint"] == f"{host}:{10000 + 4242}"
@@ -222,13 +222,12 @@ def test_the_time_limit_lets_the_ranks_save_and_requeues(job: Job, file: str) ->
 
 
 @pytest.mark.parametrize("file", JOBS)
-def test_sigterm_requeues_too_but_reaches_the_tasks_of_srun_through_slurm(job: Job, file: str) -> None:
+def test_sigterm_requeues_too_and_reaches_the_ranks_through_slurm(job: Job, file: str) -> None:
     process = job.start(file, "--output_dir", str(job.output_dir), BEHAVIOUR="preempted")
     while not (job.record / "started").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    if file == "slurm_multi_node.sbatch":  # as slurmd does
-        os.kill(int(job.called("srun_pid")[0]), signal.SIGTERM)
+    os.kill(int(job.called("srun_pid")[0]), signal.SIGTERM)  # as slurmd does
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
     assert job.called("scancel") == [], "a second SIGTERM would end ranks that are saving"
@@ -270,7 +269,7 @@ def test_a_job_that_slurm_has_requeued_itself_is_fine(job: Job) -> None:
     process = job.start("slurm_single_node.sbatch", "--output_dir", str(job.output_dir), **in_queue)
     while not (job.record / "started").exists():
         time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
 
