@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import check_adapter
+from fsdp_qlora.checkpointing import Block
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.models.attention import ATTENTION
@@ -143,7 +144,9 @@ def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
     wrong: list[str] = []
     for block in built.skeleton.blocks:
         assert isinstance(block, FSDPModule)
+        assert isinstance(block, Block)
         block.unshard()
+        block.arrive(backward=False)
         wrong += [linear.name for linear in lora_linears(block) if not _is_intact(linear, built.report.fingerprints)]
         block.reshard()
     found: list[list[str]] = [[] for _ in range(ranks.world_size)]

@@ -3,20 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.quant.adapt import lora_linears
 from tests.golden.golden import FILE, NUM_STEPS, RUNS, train
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with process_group("full", timeout_s=60, device="cpu") as joined:
-        yield joined
 
 
 @pytest.mark.parametrize("name", RUNS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 from fsdp_qlora import quantize as command
 from fsdp_qlora.build import build_model
 from fsdp_qlora.config import QuantizeConfig
-from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError, WeightsError
 from fsdp_qlora.output_files import STATE_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
@@ -43,12 +42,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "LICENSE.txt").write_text("free")
     (folder / "notes.txt").write_text("private")
     return folder
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with process_group("full", timeout_s=60, device="cpu") as ranks:
-        yield ranks
 
 
 @pytest.mark.parametrize(

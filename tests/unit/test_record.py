@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shlex
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,14 +14,8 @@ import torch
 from fsdp_qlora import config as config_module
 from fsdp_qlora.cli import COMMANDS, read_flags
 from fsdp_qlora.config import TrainConfig, to_dict
-from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.record import command, describe, write_record
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with process_group("full", timeout_s=60, device="cpu") as ranks:
-        yield ranks
 
 
 def test_record_says_what_was_run(ranks: Ranks) -> None:

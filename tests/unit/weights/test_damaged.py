@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from torch import Tensor
 
 import fsdp_qlora.build
 from fsdp_qlora.build import build_model
-from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.distributed.checkpoints import save_quantized
@@ -36,12 +36,6 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def quantized(source: Path) -> Path:
     return save_quantized(source, source.parent / "nf4")
-
-
-@pytest.fixture(scope="module")
-def ranks() -> Iterator[Ranks]:
-    with process_group("full", timeout_s=60, device="cpu") as ranks:
-        yield ranks
 
 
 @pytest.fixture
