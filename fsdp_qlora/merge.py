@@ -21,7 +21,7 @@ from fsdp_qlora.build import load_tokenizer
 from fsdp_qlora.config import MergeConfig
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.merge_error import LogitError, Variant, compare, logits, table, tokenize
-from fsdp_qlora.merged_weights import APPLIED, Adapter, Weights, stream_adapter
+from fsdp_qlora.merged_weights import APPLIED, Adapter, Lora, Weights, stream_adapter
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.output_files import find_adapter, read_record
 from fsdp_qlora.quant.adapt import QuantSettings
@@ -215,22 +215,22 @@ def _measure(merge: Merge, output: Path, prompts: tuple[Tensor, Tensor]) -> dict
     results: dict[str, LogitError] = {}
     with open_source(output) as written:
 
-        def compute(variant: Variant) -> Tensor:
+        def compute(variant: Variant) -> tuple[Tensor, Tensor]:
             _say(f"computing {variant.title}")
             return logits(source.skeleton, variant, *prompts, device)
 
-        def update(name: str) -> Any:
+        def update(name: str) -> Lora | None:
             return merge.adapter.lora(name, device)
 
-        reference = compute(Variant("base + adapter", weights.dequantized, source.named, update))
+        reference, unadapted = compute(Variant("base + adapter", weights.dequantized, source.named, update))
         result = Weights(written, weights.quant, device)
         variants = [Variant(f"{merge.kind} (written)", result.original, written.named)]
         if not source.is_quantized:
             other = replace(merge, kind="original" if merge.kind == "dequantized" else "dequantized")
             variants.append(Variant(other.kind, other.values, source.named, dtype=cast))
-        variants.append(Variant("no adapter", weights.dequantized, source.named))
         for variant in variants:
-            results[variant.title] = compare(reference, compute(variant))
+            results[variant.title] = compare(reference, compute(variant)[0])
+        results["no adapter"] = compare(reference, unadapted)
     count = int(prompts[1].sum())
     _say(f"logits of {count} tokens against base + adapter, float32 arithmetic, by what the adapter was added to:")
     print("\n".join(table(list(results.items()))), flush=True)

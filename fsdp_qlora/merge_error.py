@@ -35,14 +35,14 @@ class Variant:
         title: for the table.
         matrix: returns a linear layer's weight [out, in] in float32 by its name ('....weight').
         reader: has every other tensor, by the model's names.
-        lora: returns the update that is added beside a weight, or None.
+        lora: returns the update that is added beside a weight, or None where there is none; None if there are no updates.
         dtype: what other tensors are rounded to.
     """
 
     title: str
     matrix: Callable[[str], Tensor]
     reader: Reader
-    lora: Callable[[str], Lora | None] = lambda name: None
+    lora: Callable[[str], Lora | None] | None = None
     dtype: torch.dtype = torch.float32
 
 
@@ -72,13 +72,18 @@ def tokenize(tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def logits(skeleton: Skeleton, variant: Variant, tokens: Tensor, counts: Tensor, device: torch.device) -> Tensor:
-    """Return the logits of the tokens that count, float32 [count, vocab] on the CPU.
+def logits(
+    skeleton: Skeleton, variant: Variant, tokens: Tensor, counts: Tensor, device: torch.device
+) -> tuple[Tensor, Tensor]:
+    """Return the logits of the tokens that count, float32 [count, vocab] on the CPU: with the updates, and without.
 
-    No mask is needed for the padding: it comes after the tokens, which see only what precedes them.
+    Both at once, because making the matrices takes longest; the same twice if the variant has no updates. The padding needs
+    no mask: it comes after the tokens, which see only what precedes them.
     """
+    both = tokens if variant.lora is None else tokens.repeat(2, 1)
     with _streamed(skeleton, variant, device):
-        hidden = skeleton.decoder(input_ids=tokens.to(device), use_cache=False).last_hidden_state[counts.to(device)]
+        states = skeleton.decoder(input_ids=both.to(device), use_cache=False).last_hidden_state
+    hidden = torch.cat([half[counts.to(device)] for half in states.split(len(tokens))])
     name = "model.embed_tokens.weight" if skeleton.tied else "lm_head.weight"
     rows, width = variant.reader.entry(name).shape
     parts = []
@@ -89,7 +94,8 @@ def logits(skeleton: Skeleton, variant: Variant, tokens: Tensor, counts: Tensor,
     result = torch.cat(parts, dim=1)
     if skeleton.logit_softcap is not None:
         result = torch.tanh(result / skeleton.logit_softcap) * skeleton.logit_softcap
-    return result
+    count = int(counts.sum())
+    return result[:count], result[-count:]
 
 
 def _rounded(variant: Variant, values: Tensor) -> Tensor:
@@ -108,8 +114,8 @@ def _streamed(skeleton: Skeleton, variant: Variant, device: torch.device) -> Ite
         elif own and name.startswith("model."):
             handles.append(module.register_forward_pre_hook(_giver(name, own, variant, device)))
             handles.append(module.register_forward_hook(_taker(own)))
-            if isinstance(module, nn.Linear):
-                handles.append(module.register_forward_hook(_adder(f"{name}.weight", variant)))
+            if isinstance(module, nn.Linear) and variant.lora is not None:
+                handles.append(module.register_forward_hook(_adder(f"{name}.weight", variant.lora)))
     buffers = [(module, dict(module.named_buffers(recurse=False))) for module in skeleton.model.modules()]
     try:
         for module, values in buffers:
@@ -142,10 +148,14 @@ def _taker(own: dict[str, nn.Parameter]) -> Callable[..., None]:
     return take
 
 
-def _adder(name: str, variant: Variant) -> Callable[..., Tensor | None]:
-    def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> Tensor | None:
-        lora = variant.lora(name)
-        return None if lora is None else output + lora.scaling * (arguments[0] @ lora.A.t()) @ lora.B.t()
+def _adder(name: str, update: Callable[[str], Lora | None]) -> Callable[..., None]:
+    """Add the update to the first half of the batch."""
+
+    def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+        lora = update(name)
+        if lora is not None:
+            half = len(output) // 2
+            output[:half] += lora.scaling * (arguments[0][:half] @ lora.A.t()) @ lora.B.t()
 
     return add
 

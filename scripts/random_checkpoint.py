@@ -14,14 +14,15 @@ import sys
 import time
 from pathlib import Path
 
-import bitsandbytes.functional as bnb
 import fire
 import torch
-from bitsandbytes.utils import pack_dict_to_tensor
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, PreTrainedTokenizerFast
+
+from fsdp_qlora.quant.layout import Layout
+from fsdp_qlora.weights.bnb_format import describe
 
 SHAPES = {
     "llama-8b": {
@@ -60,32 +61,19 @@ def llama_config(shape: str, num_blocks: int | None = None) -> LlamaConfig:
 
 def quantized_tensors(name: str, out_features: int, in_features: int, device: str) -> dict[str, Tensor]:
     """Return what bitsandbytes would save for a matrix [out, in], with random codes."""
-    num_blocks = out_features * in_features // 64
-    state = {
-        "quant_type": "nf4",
-        "blocksize": 64,
-        "dtype": "bfloat16",
-        "shape": [out_features, in_features],
-        "nested_blocksize": 256,
-        "nested_dtype": "float32",
-        "nested_offset": 0.05,
-    }
-    codes = torch.randint(0, 256, (out_features * in_features // 2, 1), dtype=torch.uint8, device=device)
-    return {
-        name: codes.cpu(),
-        name + ".absmax": torch.randint(0, 256, (num_blocks,), dtype=torch.uint8, device=device).cpu(),
-        name + ".nested_absmax": torch.full((-(-num_blocks // 256),), 0.02),
-        name + ".nested_quant_map": bnb.create_dynamic_map().float(),
-        name + ".quant_map": bnb.get_4bit_type("nf4", device="cpu"),
-        name + ".quant_state.bitsandbytes__nf4": pack_dict_to_tensor(state),
-    }
+    layout = Layout(out_features, in_features)
+    codes = torch.randint(0, 256, (layout.codes.size, 1), dtype=torch.uint8, device=device)
+    absmax = 0.03 + 0.04 * torch.rand(layout.num_blocks, device=device)
+    state = describe(absmax, layout, torch.bfloat16).as_dict(packed=True)
+    # clones, because matrices share their code tables and safetensors refuses to save such tensors
+    return {name: codes.cpu(), **{f"{name}.{part}": value.cpu().clone() for part, value in state.items()}}
 
 
-def block_tensors(config: LlamaConfig, index: int, device: str) -> dict[str, Tensor]:
-    """Return the tensors of one decoder block."""
+def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    """Return the matrices of a decoder block by name, [out, in]."""
     hidden, inner = config.hidden_size, config.intermediate_size
     kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    matrices = {
+    return {
         "self_attn.q_proj": (hidden, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
@@ -94,12 +82,16 @@ def block_tensors(config: LlamaConfig, index: int, device: str) -> dict[str, Ten
         "mlp.up_proj": (inner, hidden),
         "mlp.down_proj": (hidden, inner),
     }
+
+
+def block_tensors(config: LlamaConfig, index: int, device: str) -> dict[str, Tensor]:
+    """Return the tensors of one decoder block."""
     prefix = f"model.layers.{index}."
     tensors: dict[str, Tensor] = {}
-    for name, (out_features, in_features) in matrices.items():
+    for name, (out_features, in_features) in block_shapes(config).items():
         tensors |= quantized_tensors(f"{prefix}{name}.weight", out_features, in_features, device)
     for name in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{prefix}{name}.weight"] = torch.ones(hidden, dtype=torch.bfloat16)
+        tensors[f"{prefix}{name}.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
     return tensors
 
 
