@@ -91,7 +91,7 @@ def logits(
         stop = min(start + VOCABULARY_ROWS, rows)
         weight = _rounded(variant, variant.reader.read(name, start * width, stop * width)).view(-1, width)
         parts.append(F.linear(hidden, weight.to(device)).cpu())
-    result = torch.cat(parts, dim=1)
+    result = torch.cat(parts, dim=1) * skeleton.logit_scale
     if skeleton.logit_softcap is not None:
         result = torch.tanh(result / skeleton.logit_softcap) * skeleton.logit_softcap
     count = int(counts.sum())

@@ -31,7 +31,7 @@ class LossModel(nn.Module):
         super().__init__()
         self.model = skeleton.model
         self.vocabulary = skeleton.vocabulary
-        self.softcap = skeleton.logit_softcap
+        self.softcap, self.logit_scale = skeleton.logit_softcap, skeleton.logit_scale
         self.adapter_prefix = skeleton.family.adapter_prefix
 
     def forward(
@@ -61,6 +61,8 @@ class LossModel(nn.Module):
             max_length_q=max_seqlen,
         ).last_hidden_state
         targets = hidden.flatten(0, 1).index_select(0, target_positions)
+        if self.logit_scale != 1.0:  # smaller than the logits, and as good a place: the head is linear
+            targets = targets * self.logit_scale
         head = self._head()
         result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap)}
         if not torch.is_grad_enabled():

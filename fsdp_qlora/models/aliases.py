@@ -50,4 +50,18 @@ ALIASES: dict[str, Alias] = {
     # Microsoft's own Phi-3 repositories ask for custom code, which is never run; these hold the weights without it.
     "phi3-mini": Alias("unsloth/Phi-3-mini-4k-instruct"),
     "phi3-medium": Alias("unsloth/Phi-3-medium-4k-instruct"),
+    "phi4": Alias("microsoft/phi-4"),
+    "mistral-small-24b": Alias("unsloth/Mistral-Small-3.2-24B-Instruct-2506"),
+    "smollm3-3b": Alias("HuggingFaceTB/SmolLM3-3B"),
+    "olmo2-7b": Alias("allenai/OLMo-2-1124-7B-Instruct"),
+    "olmo2-32b": Alias("allenai/OLMo-2-0325-32B-Instruct"),
+    "olmo3-7b": Alias("allenai/Olmo-3-7B-Instruct"),
+    "granite-2b": Alias("ibm-granite/granite-3.3-2b-instruct"),
+    "granite-8b": Alias("ibm-granite/granite-3.3-8b-instruct"),
+    "command-r7b": Alias("CohereLabs/c4ai-command-r7b-12-2024", gated=True),
+    "command-r-35b": Alias("CohereLabs/c4ai-command-r-v01", gated=True),
+    "aya-8b": Alias("CohereLabs/aya-expanse-8b", gated=True),
+    "glm4-9b": Alias("zai-org/GLM-4-9B-0414"),
+    "glm4-32b": Alias("zai-org/GLM-4-32B-0414"),
+    "exaone4-32b": Alias("LGAI-EXAONE/EXAONE-4.0-32B"),
 }

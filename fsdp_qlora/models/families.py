@@ -18,6 +18,7 @@ class Family:
         other_prefixes: how the names of tensors begin that the language model does not need.
         adapter_prefix: how the names of the decoder's modules begin in the model that an adapter is applied to.
         last_linear: the layer whose output does nothing but enter a block's final sum, None if something follows it.
+        logit_factor, logit_divisor: settings of config.json by which the logits are multiplied or divided, if any.
     """
 
     title: str
@@ -25,9 +26,11 @@ class Family:
     other_prefixes: tuple[str, ...] = ()
     adapter_prefix: str = "model."
     last_linear: str | None = "mlp.down_proj"
+    logit_factor: str | None = None
+    logit_divisor: str | None = None
 
 
-GEMMA3_VISION = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
+IMAGE_PARTS = ("vision_tower.", "multi_modal_projector.", "model.vision_tower.", "model.multi_modal_projector.")
 
 FAMILIES: dict[str, Family] = {
     "llama": Family("Llama 2, Llama 3, SmolLM2"),
@@ -43,11 +46,33 @@ FAMILIES: dict[str, Family] = {
             ("model.language_model.", "model."),
             ("language_model.lm_head.", "lm_head."),
         ),
-        other_prefixes=GEMMA3_VISION,
+        other_prefixes=IMAGE_PARTS,
         adapter_prefix="model.language_model.",
         last_linear=None,
     ),
+    "gemma": Family("Gemma"),
     "phi3": Family("Phi-3, Phi-3.5, Phi-4"),
+    "mistral3": Family(
+        "Mistral Small 3.1 and 3.2, Ministral 3 (text part of the image models)",
+        text_prefixes=(
+            ("language_model.model.", "model."),
+            ("model.language_model.", "model."),
+            ("language_model.lm_head.", "lm_head."),
+        ),
+        other_prefixes=IMAGE_PARTS,
+        adapter_prefix="model.language_model.",
+    ),
+    "ministral3": Family("Ministral 3 (text)"),
+    "olmo2": Family("OLMo 2", last_linear=None),
+    "olmo3": Family("OLMo 3", last_linear=None),
+    "granite": Family("Granite 3", logit_divisor="logits_scaling"),
+    "cohere": Family("Command R, Aya", logit_factor="logit_scale"),
+    "cohere2": Family("Command A, Command R7B, Tiny Aya", logit_factor="logit_scale"),
+    "smollm3": Family("SmolLM3"),
+    "glm": Family("GLM-4 (9B chat, Edge)"),
+    "glm4": Family("GLM-4 0414, GLM-Z1", last_linear=None),
+    "exaone4": Family("EXAONE 4", last_linear=None),
+    "ernie4_5": Family("ERNIE 4.5 (dense)"),
 }
 """Keyed by `model_type` of config.json."""
 

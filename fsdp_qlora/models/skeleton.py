@@ -56,6 +56,13 @@ class Skeleton:
     def logit_softcap(self) -> float | None:
         return getattr(self.config, "final_logit_softcapping", None)
 
+    @property
+    def logit_scale(self) -> float:
+        """What the head's product is multiplied by to give the logits (Granite, Cohere)."""
+        if self.family.logit_divisor is not None:
+            return 1.0 / float(getattr(self.config, self.family.logit_divisor))
+        return float(getattr(self.config, self.family.logit_factor)) if self.family.logit_factor is not None else 1.0
+
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:
     """Return the text configuration of a model folder and its family; ModelError for unsupported ones."""

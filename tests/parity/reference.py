@@ -45,7 +45,9 @@ class Pair:
     peft: PeftModel
 
 
-def load_base(folder: Path, quant: QuantSettings, dtype: torch.dtype) -> PreTrainedModel:
+def load_base(
+    folder: Path, quant: QuantSettings, dtype: torch.dtype, auto_class: type = AutoModelForCausalLM
+) -> PreTrainedModel:
     """Return transformers' model with bitsandbytes' 4-bit layers, on the CPU."""
     config = BitsAndBytesConfig(
         load_in_4bit=True,
@@ -53,7 +55,7 @@ def load_base(folder: Path, quant: QuantSettings, dtype: torch.dtype) -> PreTrai
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    return AutoModelForCausalLM.from_pretrained(
+    return auto_class.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}, attn_implementation="eager"
     )
 
@@ -225,7 +227,7 @@ def logits(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Tensor:
     """Return fsdp_qlora's logits [batch, tokens, vocabulary], float32, from the code that training runs."""
     with captured_hidden(built) as hidden:
         make_trainer(built, ranks).loss(batch)
-    values = F.linear(hidden[0], local(built.root.vocabulary.weight)).float()
+    values = F.linear(hidden[0], local(built.root.vocabulary.weight)).float() * built.skeleton.logit_scale
     cap = built.skeleton.logit_softcap
     return values if cap is None else torch.tanh(values / cap) * cap
 

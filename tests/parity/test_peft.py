@@ -9,7 +9,14 @@ import pytest
 import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from transformers import Gemma3Config, Gemma3ForConditionalGeneration, PreTrainedModel
+from transformers import (
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+    Mistral3Config,
+    Mistral3ForConditionalGeneration,
+    PreTrainedModel,
+)
 
 from fsdp_qlora.adapters import read_adapter, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model
@@ -193,51 +200,58 @@ def test_smollm2_follows_peft(ranks: Ranks) -> None:
     assert curves.peft[-1] < curves.peft[0]
 
 
-def save_image_model(folder: Path) -> Path:
-    """Save a tiny Gemma 3 that also sees images, as Google publishes the larger ones."""
-    config = Gemma3Config(
-        text_config={**COMMON, **FAMILIES["gemma3_text"]},
-        vision_config={
-            "hidden_size": 32,
-            "intermediate_size": 32,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "image_size": 28,
-            "patch_size": 14,
-        },
-        mm_tokens_per_image=4,
-        boi_token_index=300,
-        eoi_token_index=301,
-        image_token_index=302,
-    )
+IMAGE_FAMILIES = {"gemma3": "gemma3_text", "mistral3": "mistral", "mistral3_ministral": "ministral3"}
+"""Families of models that also see images, and the tiny models that their text parts are."""
+
+
+def save_image_model(family: str, folder: Path) -> Path:
+    """Save a tiny model that also sees images, as Google and Mistral publish theirs."""
+    text = {"model_type": IMAGE_FAMILIES[family], **COMMON, **FAMILIES[IMAGE_FAMILIES[family]], "head_dim": 24}
+    vision = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14}
+    if family == "gemma3":
+        tokens = {"boi_token_index": 300, "eoi_token_index": 301, "image_token_index": 302}
+        config = Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4, **tokens)
+        model_class: type[PreTrainedModel] = Gemma3ForConditionalGeneration
+    else:
+        vision |= {"model_type": "pixtral", "head_dim": 16}
+        config = Mistral3Config(text_config=text, vision_config=vision, tie_word_embeddings=False)
+        model_class = Mistral3ForConditionalGeneration
     torch.manual_seed(0)
-    Gemma3ForConditionalGeneration(config).save_pretrained(folder)
+    model_class(config).save_pretrained(folder)
     return folder
+
+
+def load_image_model(folder: Path) -> PreTrainedModel:
+    """Return transformers' whole model with bitsandbytes' 4-bit layers."""
+    return reference.load_base(folder, NF4, torch.float32, AutoModelForImageTextToText)
 
 
 @torch.no_grad()
 def image_model_logits(model: PreTrainedModel | PeftModel, ids: torch.Tensor) -> torch.Tensor:
-    return model.train()(input_ids=ids, token_type_ids=torch.zeros_like(ids)).logits
+    types = {"token_type_ids": torch.zeros_like(ids)} if model.config.model_type == "gemma3" else {}
+    return model.train()(input_ids=ids, **types).logits
 
 
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
-def test_text_part_of_an_image_model(ranks: Ranks, tmp_path: Path, prefix: str) -> None:
-    folder = save_image_model(tmp_path)
+def test_text_part_of_an_image_model(ranks: Ranks, tmp_path: Path, family: str, prefix: str) -> None:
+    folder = save_image_model(family, tmp_path)
     tensors = load_file(folder / "model.safetensors")  # older and newer checkpoints name their tensors differently
     save_file({n.replace("language_model.model.", prefix): t for n, t in tensors.items()}, folder / "model.safetensors")
     built = build_model(folder, ranks, NF4, LORA, torch.float32)  # lora_B is zero: the base alone
     ids = reference.random_ids(2, TOKENS, 300)
-    expected = image_model_logits(reference.load_base(folder, NF4, torch.float32), ids)
+    expected = image_model_logits(load_image_model(folder), ids)
     found = reference.logits(built, ranks, reference.whole_rows(ids))
     assert reference.relative_difference(found, expected) < 1e-5
 
 
-def test_exported_adapter_of_an_image_model(ranks: Ranks, tmp_path: Path) -> None:
-    folder = save_image_model(tmp_path / "base")
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+def test_exported_adapter_of_an_image_model(ranks: Ranks, tmp_path: Path, family: str) -> None:
+    folder = save_image_model(family, tmp_path / "base")
     built = reference.load_ours(folder, ranks)
     save_adapter(built.root, LORA, str(folder), tmp_path / "adapter", ranks)
     ids = reference.random_ids(2, TOKENS, 300)
-    base = reference.load_base(folder, NF4, torch.float32)
-    expected = image_model_logits(PeftModel.from_pretrained(base, tmp_path / "adapter"), ids)
+    expected = image_model_logits(PeftModel.from_pretrained(load_image_model(folder), tmp_path / "adapter"), ids)
     found = reference.logits(built, ranks, reference.whole_rows(ids))
     assert reference.relative_difference(found, expected) < 1e-5

@@ -106,6 +106,12 @@ def test_shape_counts_what_a_loaded_rank_holds(family: str, world_size: int, tmp
         assert [*sums, shape.vocabulary_part] == bytes_held
 
 
+NUM_NORMS = {"gemma2": 4, "gemma3_text": 4, "glm4": 4, "cohere": 1, "cohere_qk_norm": 1, "cohere2": 1}
+"""Norms of a block over hidden states, where there are not two."""
+
+QUERY_KEY_NORMS = {"qwen3", "gemma3_text", "olmo2", "olmo3", "cohere_qk_norm", "exaone4"}
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_can_be_planned_from_its_config(family: str, tmp_path: Path) -> None:
     settings = {**COMMON, **FAMILIES[family]}
@@ -113,9 +119,8 @@ def test_every_family_can_be_planned_from_its_config(family: str, tmp_path: Path
     shape = model_shape(tmp_path, QuantSettings(), LoraSettings(4, 16.0), torch.bfloat16)
     widths = shape.widths
     assert (widths.hidden, widths.intermediate) == (64, 104)
-    num_norms = {"gemma2": 4, "gemma3_text": 4}.get(family, 2)
-    per_head = widths.query + widths.key_value if family in ("qwen3", "gemma3_text") else 0
-    assert widths.norm == num_norms * 64 + per_head
+    query_key = widths.query + widths.key_value if family in QUERY_KEY_NORMS else 0
+    assert widths.norm == NUM_NORMS.get(family, 2) * 64 + query_key
     assert shape.softcapped == ((True, True) if family == "gemma2" else (False, False))
     assert estimate(shape, Run(1, 128)).gpu_bytes > 0
 

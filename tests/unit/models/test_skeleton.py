@@ -67,6 +67,14 @@ def test_soft_cap_comes_from_the_config(tmp_path: Path) -> None:
     assert build_skeleton(save_tiny("llama", tmp_path / "plain"), torch.float32).logit_softcap is None
 
 
+def test_logit_scale_comes_from_the_config(tmp_path: Path) -> None:
+    scales = {
+        name: build_skeleton(save_tiny(name, tmp_path / name), torch.float32).logit_scale
+        for name in ("llama", "granite", "cohere")
+    }
+    assert scales == {"llama": 1.0, "granite": 1 / 3, "cohere": 0.3}
+
+
 def test_quantisation_of_the_checkpoint_is_not_applied_by_transformers(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path)
     edit_config(folder, quantization_config={"quant_method": "bitsandbytes", "load_in_4bit": True})
@@ -91,6 +99,6 @@ def test_unknown_family_lists_the_supported_ones(tmp_path: Path) -> None:
 
 def test_every_supported_family_has_a_tiny_model_for_the_parity_tests() -> None:
     tiny = {settings.get("model_type", family) for family, settings in FAMILIES.items()}
-    # gemma3 is gemma3_text inside an image model, which tests/parity/test_peft.py makes itself
-    assert set(SUPPORTED) == tiny | {"gemma3"}
+    # text parts of image models, which tests/parity/test_peft.py makes itself
+    assert set(SUPPORTED) == tiny | {"gemma3", "mistral3"}
     assert all(family_of(name).title for name in SUPPORTED)
