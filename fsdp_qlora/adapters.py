@@ -22,17 +22,18 @@ from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
+from fsdp_qlora.quant.lora import pattern_value
 
 PREFIX = "base_model.model."
 
 UNSUPPORTED = (
     "use_dora",
-    "use_rslora",
     "modules_to_save",
-    "rank_pattern",
-    "alpha_pattern",
     "lora_bias",
     "alora_invocation_tokens",
+    "layer_replication",
+    "trainable_token_indices",
+    "use_qalora",
 )
 """Fields of PEFT's LoraConfig that change what an adapter computes, or which of its matrices count."""
 
@@ -59,15 +60,10 @@ def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
 def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """Gather one matrix after the other, as `gather_adapter` returns them; every rank must take all."""
     for linear in lora_linears(root):
-        if linear.lora_A is None or linear.lora_B is None:
-            continue
-        rank = linear.lora_A.shape[0]
-        for part, parameter, shape in (
-            ("lora_A", linear.lora_A, (rank, linear.in_features)),
-            ("lora_B", linear.lora_B, (linear.out_features, rank)),
-        ):
+        for part, parameter in linear.adapter():
             value = full_tensor(parameter, ranks.device)
-            name = f"{PREFIX}{root.adapter_prefix}{linear.name.removeprefix('model.')}.{part}.weight"
+            name = f"{PREFIX}{_peft_name(root, linear)}.{part}.weight"
+            shape = linear.adapter_shape(part)
             if value.shape != shape or not bool(value.isfinite().all()):
                 raise CheckpointError(
                     f"'{name}' has shape {list(value.shape)} (expected {list(shape)}) or is not finite"
@@ -75,12 +71,16 @@ def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tenso
             yield name, value.contiguous()
 
 
+def _peft_name(root: LossModel, linear: LoRALinear) -> str:
+    """Return the name of a layer in the model that PEFT applies an adapter to."""
+    return root.adapter_prefix + linear.name.removeprefix("model.")
+
+
 def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict[str, Any]:
     """Return PEFT's LoraConfig for the adapter as a dict."""
-    names = sorted({linear.name.rpartition(".")[2] for linear in lora_linears(root) if linear.lora_A is not None})
-    targets: list[str] | str = names
-    if root.adapter_prefix != "model.":  # other parts of the model have layers of the same names
-        targets = rf"{re.escape(root.adapter_prefix)}layers\..*\.({'|'.join(names)})"
+    adapted = {_peft_name(root, linear): linear for linear in lora_linears(root) if linear.lora_A is not None}
+    ranks = {name: linear.adapter_shape("lora_A")[0] for name, linear in adapted.items()}
+    alphas = {name: lora.alpha_of(linear.name) for name, linear in adapted.items()}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -88,15 +88,28 @@ def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": targets,
+        "target_modules": _target_modules(root, set(adapted)),
+        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
+        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
-        "use_rslora": False,
+        "use_rslora": lora.use_rslora,
         "use_dora": False,
         "modules_to_save": None,
         "inference_mode": True,
     }
+
+
+def _target_modules(root: LossModel, adapted: set[str]) -> list[str] | str:
+    """Return what makes PEFT adapt these layers and no others: last parts of names where they tell enough."""
+    every = {_peft_name(root, linear) for linear in lora_linears(root)}
+    leaves = sorted({name.rpartition(".")[2] for name in adapted})
+    if adapted != {name for name in every if name.rpartition(".")[2] in leaves}:
+        return sorted(adapted)
+    if root.adapter_prefix != "model.":  # other parts of the model have layers of the same names
+        return rf"{re.escape(root.adapter_prefix)}layers\..*\.({'|'.join(leaves)})"
+    return leaves
 
 
 def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, FileRecord]:
@@ -131,14 +144,11 @@ def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: P
             ) from error
 
 
-def read_adapter_config(folder: Path, applied: Collection[str] = ()) -> dict[str, Any]:
+def read_adapter_config(folder: Path) -> dict[str, Any]:
     """Return an adapter's config.
 
-    Args:
-        applied: fields of UNSUPPORTED that the caller applies.
-
     Raises:
-        CheckpointError: files missing or unreadable, or a kind of adapter that the caller does not apply.
+        CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
     """
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).exists()]
     if missing:
@@ -146,12 +156,14 @@ def read_adapter_config(folder: Path, applied: Collection[str] = ()) -> dict[str
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        alphas = [float(value) for value in (config.get("alpha_pattern") or {}).values()]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
-    unsupported = [key for key in UNSUPPORTED if config.get(key) and key not in applied]
-    if config.get("peft_type") != "LORA" or unsupported or rank < 1 or alpha <= 0:
+    unsupported = [key for key in UNSUPPORTED if config.get(key)]
+    if config.get("peft_type") != "LORA" or unsupported or rank < 1 or min([alpha, *alphas]) <= 0:
         raise CheckpointError(
-            f"{folder}: only plain LoRA adapters are read; this one uses {unsupported or config.get('peft_type')}"
+            f"{folder}: only LoRA adapters with rank and alpha above 0 are read; this one uses"
+            f" {unsupported or config.get('peft_type')}"
         )
     return config
 
@@ -184,13 +196,13 @@ def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:
         ModelError: no base is known.
     """
     folder = find_adapter(folder)
-    config, matrices = read_adapter(folder)
+    config = read_adapter_config(folder)
+    tensors = _read_tensors(folder)
     base = base or config.get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
-    targets = sorted({name.split(".")[-2] for name in matrices})
-    lora = LoraSettings(int(config["r"]), float(config["lora_alpha"]), target_modules=",".join(targets))
-    return TrainedAdapter(folder, base, lora, matrices)
+    matrices = {matrix_name(name): value for name, value in tensors.items()}
+    return TrainedAdapter(folder, base, _settings_of(config, tensors), matrices)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
@@ -200,25 +212,60 @@ def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
     """
     config = read_adapter_config(folder)
+    return config, {matrix_name(name): value for name, value in _read_tensors(folder).items()}
+
+
+def _read_tensors(folder: Path) -> dict[str, Tensor]:
+    """Return an adapter's tensors by their names in its file, float32."""
     try:
-        tensors = load_file(folder / WEIGHTS_FILE)
+        return {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
-    return config, {matrix_name(name): value.float() for name, value in tensors.items()}
 
 
-def check_adapter(matrices: Mapping[str, Tensor], linears: list[LoRALinear]) -> None:
+def _settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraSettings:
+    """Return the settings that make exactly the layers of an adapter's file, each with its own rank and alpha.
+
+    PEFT's patterns are for names in the model it applies an adapter to, which the file has, so they are resolved here.
+    """
+    rank, alpha = int(config["r"]), float(config["lora_alpha"])
+    pairs = [(pattern, float(value)) for pattern, value in (config.get("alpha_pattern") or {}).items()]
+    ranks, alphas = {}, {}
+    for name, value in tensors.items():
+        if name.endswith(".lora_A.weight"):
+            layer = matrix_name(name).removesuffix(".lora_A")
+            ranks[layer] = value.shape[0]
+            alphas[layer] = pattern_value(pairs, name.removeprefix(PREFIX).removesuffix(".lora_A.weight"), alpha)
+    return LoraSettings(
+        rank,
+        alpha,
+        target_modules=",".join(sorted(ranks)),
+        use_rslora=bool(config.get("use_rslora")),
+        rank_pattern=tuple((re.escape(layer), own) for layer, own in ranks.items() if own != rank),
+        alpha_pattern=tuple((re.escape(layer), own) for layer, own in alphas.items() if own != alpha),
+    )
+
+
+def check_layers(matrices: Mapping[str, Tensor], layers: Collection[str]) -> None:
+    """Raise CheckpointError unless every matrix belongs to one of the layers, given by their names."""
+    for name, value in matrices.items():
+        if name.rpartition(".")[0] not in layers:
+            raise CheckpointError(_misfit(name, tuple(value.shape), None))
+
+
+def _misfit(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] | None) -> str:
+    return (
+        f"adapter matrix '{name}' has shape {found or 'none'}; this base expects {expected or 'none'}: the adapter"
+        " belongs to another base model"
+    )
+
+
+def check_adapter(matrices: Mapping[str, Tensor], linears: Collection[LoRALinear]) -> None:
     """Raise CheckpointError unless the matrices are exactly those of the layers, with their shapes."""
-    expected = {}
-    for linear in linears:
-        for part in ("lora_A", "lora_B"):
-            parameter = getattr(linear, part)
-            if parameter is not None:
-                expected[f"{linear.name}.{part}"] = tuple(parameter.shape)
+    expected = {
+        f"{linear.name}.{part}": linear.adapter_shape(part) for linear in linears for part, _ in linear.adapter()
+    }
     found = {name: tuple(value.shape) for name, value in matrices.items()}
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):
-            raise CheckpointError(
-                f"adapter matrix '{name}' has shape {found.get(name, 'none')}; this base expects"
-                f" {expected.get(name, 'none')}: the adapter belongs to another base model"
-            )
+            raise CheckpointError(_misfit(name, found.get(name), expected.get(name)))

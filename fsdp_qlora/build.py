@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
-from fsdp_qlora.adapters import check_adapter
+from fsdp_qlora.adapters import check_adapter, check_layers
 from fsdp_qlora.checkpointing import Block
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import ModelError, WeightsError
@@ -109,8 +109,10 @@ def build_model(
         reader = Reader(model_names(read_index(folder), skeleton.family))
         expected = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
         check_complete(reader.tensors, expected, skeleton.tied)
-        matrices = [name + ".weight" for name, _ in block_linears(skeleton)]
-        quant = detect_quantization(reader, matrices, quant)
+        layers = [name for name, _ in block_linears(skeleton)]
+        if adapter is not None:
+            check_layers(adapter, layers)
+        quant = detect_quantization(reader, [name + ".weight" for name in layers], quant)
         parallelized = parallelize(
             skeleton,
             ranks,
@@ -127,7 +129,8 @@ def build_model(
     with agree_on_errors(ranks, "reserving CPU memory"):
         allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:
-        loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter)
+        init = lora.init if lora is not None else "default"
+        loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter, init)
         report = loader.load(parallelized.units, progress)
     for module in skeleton.model.modules():
         for name, buffer in module.named_buffers(recurse=False):

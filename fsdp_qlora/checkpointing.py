@@ -135,12 +135,14 @@ class Block(nn.Module):
         super().__init__()
         self.block, self.index, self.store = block, index, store
         self.repeat_random, self.weights = repeat_random, weights
+        self._trains = any(parameter.requires_grad for parameter in block.parameters())
         self._last = [last] if last is not None else []  # in a list: it is the block's submodule already
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden states [batch, tokens, hidden] to the block's output of the same shape."""
         self.arrive(backward=False)
-        if self.store is None or not torch.is_grad_enabled():
+        needed = torch.is_grad_enabled() and (hidden.requires_grad or self._trains)
+        if self.store is None or not needed:
             output: Tensor = self.block(hidden, **kwargs)
             return output
         # The first block's input needs no gradient; the anchor makes autograd come here all the same.

@@ -23,27 +23,15 @@ from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
 from fsdp_qlora.command_config import PlanConfig as PlanConfig
 from fsdp_qlora.command_config import ReportConfig as ReportConfig
 from fsdp_qlora.data_config import DataSettings, is_named_datasets
+from fsdp_qlora.lora_config import METHOD_CHECKS, METHOD_RULES, MethodSettings
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TrainConfig(DataSettings):
+class TrainConfig(MethodSettings, DataSettings):
     """Settings of one fine-tuning run. The text under each field is its documentation everywhere."""
-
-    # --- LoRA ---
-    lora_rank: int = 64
-    """Rank of the LoRA matrices."""
-
-    lora_alpha: float = 16.0
-    """LoRA scale: updates are multiplied by lora_alpha / lora_rank."""
-
-    lora_dropout: float = 0.0
-    """Dropout on the input of the LoRA branch; 0 is fastest."""
-
-    lora_target_modules: str = "all-linear"
-    """'all-linear' (every linear layer of the decoder blocks) or comma-separated names such as q_proj,v_proj."""
 
     # --- base weights ---
     quant_type: Literal["nf4", "fp4"] = "nf4"
@@ -242,13 +230,7 @@ RULES: dict[str, Rule] = {
     ),
     "context_length": _at_least(8),
     "eval_split": _SHARE,
-    "lora_rank": _at_least(1),
-    "lora_alpha": _above(0),
-    "lora_dropout": _SHARE,
-    "lora_target_modules": Rule(
-        lambda value: all(re.fullmatch(r"\s*[\w.-]+\s*", name) for name in value.split(",")),
-        "'all-linear' or module names separated by commas, such as q_proj,v_proj",
-    ),
+    **METHOD_RULES,
     "cpu_offload": _number_or("auto", "none", "all"),
     "activation_checkpointing": _number_or("auto", "none", "full"),
     "gpu_memory": Rule(_is_sizes, "a number of GiB above 0, or several separated by commas"),
@@ -370,6 +352,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
         Check(("save_answers", "exact_match"), _answers_of_nothing),
     ),
     TrainConfig: (
+        *METHOD_CHECKS,
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),

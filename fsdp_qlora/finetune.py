@@ -11,10 +11,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
-from fsdp_qlora.adapters import adapter_config, save_adapter
+from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
@@ -23,6 +24,7 @@ from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.fetch import fetch_once
+from fsdp_qlora.lora_config import lora_settings
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
@@ -34,7 +36,7 @@ from fsdp_qlora.planner import Run, model_shape
 from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
-from fsdp_qlora.resume import Checkpoint, check_fit, find_checkpoint, identity_of, restore
+from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
 from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
@@ -60,7 +62,7 @@ def _train(session: Session) -> bool:
     random.seed(config.seed + ranks.rank)
     found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, session.say)
     folder = _resolve_model(session)
-    lora = LoraSettings(config.lora_rank, config.lora_alpha, config.lora_dropout, config.lora_target_modules)
+    lora, initial = _lora(config, ranks)
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
     tokenizer, train, evaluation = _load_data(config, ranks, folder)
@@ -71,7 +73,7 @@ def _train(session: Session) -> bool:
         with agree_on_errors(ranks, "comparing the run with its checkpoint"):
             check_fit(found, config, identity, train, session.say)
             progress.step = progress.saved_step = found.manifest.position.step
-    built = _load_model(session, folder, lora, memory, found)
+    built = _load_model(session, folder, lora, memory, found.adapter() if found else initial)
     identity["base"] = built.fingerprint
     sampler = Sampler(built.root, ranks, tokenizer, prompts, read_stop_ids(folder, tokenizer), config.max_new_tokens)
     start = found.manifest.position if found else Position()
@@ -173,8 +175,22 @@ def _load_data(
     return tokenizer, train_loader, loaders
 
 
+def _lora(config: TrainConfig, ranks: Ranks) -> tuple[LoraSettings, dict[str, Tensor] | None]:
+    """Return what is trained, and the matrices to start from if they are not new ones."""
+    if config.adapter is None:
+        return lora_settings(config), None
+    with agree_on_errors(ranks, "reading the adapter"):
+        adapter = open_adapter(Path(config.adapter), config.model)
+    lora = dataclasses.replace(adapter.lora, dropout=config.lora_dropout)
+    _say(
+        ranks,
+        f"starting from {adapter.folder}: rank {lora.rank}, alpha {lora.alpha:g}, {len(adapter.matrices)} matrices",
+    )
+    return lora, adapter.matrices
+
+
 def _load_model(
-    session: Session, folder: Path, lora: LoraSettings, memory: MemorySettings, checkpoint: Checkpoint | None
+    session: Session, folder: Path, lora: LoraSettings, memory: MemorySettings, adapter: dict[str, Tensor] | None
 ) -> BuiltModel:
     config, ranks = session.config, session.ranks
     quant = _quant_settings(config, ranks)
@@ -195,7 +211,7 @@ def _load_model(
         compute_dtype(config.precision, ranks.device),
         memory=memory,
         seed=config.seed,
-        adapter=checkpoint.adapter() if checkpoint else None,
+        adapter=adapter,
         progress=progress,
         compiled=config.compile == "auto" and ranks.device.type == "cuda",
     )

@@ -21,7 +21,7 @@ from fsdp_qlora.build import load_tokenizer
 from fsdp_qlora.config import MergeConfig
 from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.merge_error import LogitError, Variant, compare, logits, table, tokenize
-from fsdp_qlora.merged_weights import APPLIED, Adapter, Lora, Weights, stream_adapter
+from fsdp_qlora.merged_weights import Adapter, Lora, Weights, stream_adapter
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.output_files import find_adapter, read_record
 from fsdp_qlora.quant.adapt import QuantSettings
@@ -123,7 +123,7 @@ def run(config: MergeConfig) -> None:
     device = pick_device(config.device)
     folder = find_adapter(Path(config.adapter))
     record = read_record(folder)
-    base = config.model or read_adapter_config(folder, APPLIED).get("base_model_name_or_path")
+    base = config.model or read_adapter_config(folder).get("base_model_name_or_path")
     if not base:
         raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
     revision = config.revision or (None if config.model else record.get("config", {}).get("revision"))

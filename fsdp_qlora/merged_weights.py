@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ from fsdp_qlora.adapters import matrix_name, read_adapter_config
 from fsdp_qlora.errors import CheckpointError, WeightsError
 from fsdp_qlora.output_files import WEIGHTS_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.quant.lora import pattern_value
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.standalone import Source
 from fsdp_qlora.weights.fingerprint import fingerprint
@@ -24,9 +24,6 @@ from fsdp_qlora.weights.index import read_header
 from fsdp_qlora.weights.loader import copy_quantized
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import is_quantized, require_finite
-
-APPLIED = ("use_rslora", "rank_pattern", "alpha_pattern")
-"""Kinds of LoRA, beyond the plain one, that are merged."""
 
 
 @dataclass(frozen=True)
@@ -93,11 +90,8 @@ class Adapter:
     def _scaling(self, layer: str, rank: int) -> float:
         """Return PEFT's factor; a pattern is the end of a layer's name, or a regular expression for it."""
         layer = self._prefix + layer.removeprefix("model.")
-        alpha = float(self.config["lora_alpha"])
-        for pattern, value in (self.config.get("alpha_pattern") or {}).items():
-            if re.match(rf"(.*\.)?({pattern})$", layer):
-                alpha = float(value)
-                break
+        pairs = [(pattern, float(value)) for pattern, value in (self.config.get("alpha_pattern") or {}).items()]
+        alpha = pattern_value(pairs, layer, float(self.config["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 
@@ -108,7 +102,7 @@ def stream_adapter(folder: Path, source: Source) -> Iterator[Adapter]:
     Raises:
         CheckpointError: it is unreadable, of a kind that is not merged, or belongs to another base.
     """
-    config = read_adapter_config(folder, APPLIED)
+    config = read_adapter_config(folder)
     try:
         tensors = read_header(folder / WEIGHTS_FILE)
     except WeightsError as error:

@@ -25,6 +25,7 @@ from fsdp_qlora.checkpoint import FOLDER, Manifest, checkpoint_folders, read_man
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, shard_rows
 from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.lora_config import METHOD_SETTINGS
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import lora_linears
 from fsdp_qlora.settings import show
@@ -32,7 +33,7 @@ from fsdp_qlora.settings import show
 MOMENTS = ("exp_avg", "exp_avg_sq")
 """AdamW's state of a matrix, besides the number of its steps."""
 
-FIXED = ("lora_rank", "lora_alpha", "lora_target_modules", "context_length", "packing", "train_on", "seed")
+FIXED = (*METHOD_SETTINGS, "context_length", "packing", "train_on", "seed")
 """Settings that cannot change in the middle of a run: its matrices or its samples would be others."""
 
 FREE = ("model", "dataset", "output_dir", "overwrite", "resume", "debug", "log_to", "run_name", "logging_steps")
@@ -61,10 +62,8 @@ def rank_file(rank: int) -> str:
 def trainable(root: LossModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter of every LoRA matrix, in the same order on every rank."""
     for linear in lora_linears(root):
-        for part in ("lora_A", "lora_B"):
-            parameter = getattr(linear, part)
-            if parameter is not None:
-                yield f"{linear.name}.{part}", parameter
+        for part, parameter in linear.adapter():
+            yield f"{linear.name}.{part}", parameter
 
 
 def local(value: Tensor) -> Tensor:

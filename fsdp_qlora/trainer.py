@@ -113,7 +113,7 @@ class Trainer:
                 " Lower --lr, or look for broken rows in this step's data"
             )
         for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps)
+            group["lr"] = learning_rate(self.config, step, self.num_steps) * group["lr_ratio"]
         self.optimizer.step()
         self.optimizer.zero_grad()
         num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size

@@ -8,24 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.linear import LoRALinear
-
-
-@dataclass(frozen=True)
-class LoraSettings:
-    """LoRA as PEFT's LoraConfig names it. `target_modules` is 'all-linear' or comma-separated layer names."""
-
-    rank: int
-    alpha: float
-    dropout: float = 0.0
-    target_modules: str = "all-linear"
-
-    @property
-    def scaling(self) -> float:
-        return self.alpha / self.rank
+from fsdp_qlora.quant.lora import LoraSettings as LoraSettings
+from fsdp_qlora.quant.lora import adapted_layers
 
 
 @dataclass(frozen=True)
@@ -44,20 +31,6 @@ def block_linears(skeleton: Skeleton) -> list[tuple[str, nn.Linear]]:
     return [(name, m) for name, m in named if isinstance(m, nn.Linear) and name.startswith("model.layers.")]
 
 
-def target_names(available: list[str], target_modules: str) -> set[str]:
-    """Return the last parts of the layer names that get LoRA; ModelError if one of them matches nothing."""
-    if target_modules == "all-linear":
-        return set(available)
-    wanted = {name.strip() for name in target_modules.split(",") if name.strip()}
-    unknown = sorted(wanted - set(available))
-    if unknown or not wanted:
-        raise ModelError(
-            f"lora_target_modules '{target_modules}': no linear layer is named {', '.join(unknown) or '(empty)'};"
-            f" this model has {', '.join(available)}, or use all-linear"
-        )
-    return wanted
-
-
 def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSettings | None, dtype: torch.dtype) -> None:
     """Replace every linear layer of the decoder blocks by a LoRALinear on the meta device, in place.
 
@@ -68,11 +41,10 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
         dtype: dtype of the computation.
 
     Raises:
-        ModelError: a LoRA target that matches no layer.
+        ModelError: a LoRA target, block or pattern that matches no layer.
     """
     linears = block_linears(skeleton)
-    available = list(dict.fromkeys(name.rpartition(".")[2] for name, _ in linears))
-    targets = target_names(available, lora.target_modules) if lora is not None else set()
+    adapted = adapted_layers([name for name, _ in linears], lora) if lora is not None else set()
     layouts: dict[Layout, Layout] = {}  # one object for equal layouts, so that compiled code is shared between blocks
     for name, linear in linears:
         parent_name, _, leaf = name.rpartition(".")
@@ -89,8 +61,8 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
             layouts.setdefault(layout, layout),
             bias=linear.bias is not None,
             dtype=dtype,
-            rank=lora.rank if lora is not None and leaf in targets else 0,
-            scaling=lora.scaling if lora is not None else 1.0,
+            rank=lora.rank_of(name) if lora is not None and name in adapted else 0,
+            scaling=lora.scaling_of(name) if lora is not None else 1.0,
             dropout=lora.dropout if lora is not None else 0.0,
         )
         setattr(skeleton.model.get_submodule(parent_name), leaf, replacement)

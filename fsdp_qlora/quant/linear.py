@@ -9,6 +9,7 @@ dequantised W is made again in backward and never outlives the operation.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -17,6 +18,9 @@ from torch import Tensor, nn
 
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import Layout
+
+ADAPTER_PARTS = ("lora_A", "lora_B")
+"""Names of the parameters that are trained, where they exist."""
 
 
 @torch.library.custom_op("fsdp_qlora::add_product_", mutates_args=("total",))
@@ -156,7 +160,7 @@ class LoRALinear(nn.Module):
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
-        self.name, self.layout, self.scaling = name, layout, scaling
+        self.name, self.layout, self.rank, self.scaling = name, layout, rank, scaling
         self.in_features, self.out_features = layout.in_features, layout.out_features
         packed = torch.empty(layout.numel, dtype=layout.storage_dtype, device=device)
         self.packed = nn.Parameter(packed, requires_grad=False)
@@ -169,6 +173,17 @@ class LoRALinear(nn.Module):
         self.dropout = dropout
         self.skip_product = False
 
+    def adapter(self) -> Iterator[tuple[str, nn.Parameter]]:
+        """Yield name and parameter of what is trained."""
+        for name in ADAPTER_PARTS:
+            parameter = getattr(self, name)
+            if parameter is not None:
+                yield name, parameter
+
+    def adapter_shape(self, name: str) -> tuple[int, ...]:
+        """Return the whole shape of one of them, of which FSDP may hold a part."""
+        return {"lora_A": (self.rank, self.in_features), "lora_B": (self.out_features, self.rank)}[name]
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] in the dtype of x."""
         x_lora = None
@@ -180,11 +195,16 @@ class LoRALinear(nn.Module):
         return y
 
     def extra_repr(self) -> str:
-        rank = 0 if self.lora_A is None else self.lora_A.shape[0]
-        return f"{self.in_features} -> {self.out_features}, {self.layout.quant_type}, rank {rank}"
+        return f"{self.in_features} -> {self.out_features}, {self.layout.quant_type}, rank {self.rank}"
 
 
-def initial_lora_A(rank: int, in_features: int, generator: torch.Generator) -> Tensor:
-    """Return PEFT's initial lora_A [rank, in], fp32: Kaiming-uniform with a = sqrt(5); lora_B starts at zero."""
+def initial_lora_A(rank: int, in_features: int, generator: torch.Generator, kind: str = "default") -> Tensor:
+    """Return PEFT's initial lora_A [rank, in], fp32; lora_B starts at zero.
+
+    Args:
+        kind: 'default', Kaiming-uniform with a = sqrt(5), or 'gaussian', of deviation 1 / rank.
+    """
     weight = torch.empty(rank, in_features, dtype=torch.float32)
+    if kind == "gaussian":
+        return nn.init.normal_(weight, std=1 / rank, generator=generator)
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)

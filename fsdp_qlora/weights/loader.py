@@ -74,6 +74,7 @@ class Loader:
         allocate: returns the CPU or device memory that a module's parameter is to live in: (module, name, shape, dtype).
         seed: seed of LoRA's initial values, the same at every world size.
         adapter: values of the LoRA matrices by '<layer name>.lora_A' / '.lora_B', instead of initial ones.
+        init: kind of initial values, as `initial_lora_A` takes it.
     """
 
     def __init__(
@@ -84,9 +85,10 @@ class Loader:
         allocate: Callable[[nn.Module, str, torch.Size, torch.dtype], Tensor],
         seed: int,
         adapter: Mapping[str, Tensor] | None = None,
+        init: str = "default",
     ) -> None:
         self.reader, self.ranks, self.names, self.allocate = reader, ranks, names, allocate
-        self.seed, self.adapter = seed, adapter
+        self.seed, self.adapter, self.init = seed, adapter, init
         self._fingerprints: dict[str, Tensor] = {}
         self._filled: dict[int, nn.Parameter] = {}
 
@@ -154,10 +156,8 @@ class Loader:
         if self.adapter is not None:
             full = self.adapter[key]
         elif name == "lora_A":
-            assert module.lora_A is not None
-            rank = module.lora_A.shape[0]
             generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(key.encode()))
-            full = initial_lora_A(rank, module.in_features, generator)
+            full = initial_lora_A(module.rank, module.in_features, generator, self.init)
         else:
             target.zero_()
             return

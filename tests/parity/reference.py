@@ -15,6 +15,7 @@ import bitsandbytes as bnb
 import torch
 import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
@@ -28,12 +29,12 @@ from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.quant.lora import ALL_LINEAR, is_names
 from fsdp_qlora.trainer import Trainer
 
 LORA = LoraSettings(rank=8, alpha=16.0)
 NF4 = QuantSettings()
 SMOLLM2_LR = 2e-4
-PARTS = ("lora_A", "lora_B")
 
 
 @dataclass
@@ -91,20 +92,28 @@ def load_pair(
 ) -> Pair:
     """Load a checkpoint both ways, with the same LoRA matrices."""
     ours = load_ours(folder, ranks, quant, lora, dtype, zero_lora_B)
-    every = lora.target_modules == "all-linear"
-    config = LoraConfig(
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        target_modules="all-linear" if every else lora.target_modules.split(","),
-        task_type="CAUSAL_LM",
-    )
     # in train mode for good: in eval mode bitsandbytes repacks the weights of some CPUs and computes in bf16
-    peft = get_peft_model(load_base(folder, quant, dtype), config).train()
+    peft = get_peft_model(load_base(folder, quant, dtype), peft_config(lora)).train()
     named = dict(peft.named_parameters())
     for linear in lora_linears(ours.root):
-        for part in PARTS if linear.lora_A is not None else ():
-            named[peft_name(linear.name, part)].data.copy_(local(getattr(linear, part)))
+        for part, parameter in linear.adapter():
+            named[peft_name(linear.name, part)].data.copy_(local(parameter))
     return Pair(folder, ours, peft)
+
+
+def peft_config(lora: LoraSettings) -> LoraConfig:
+    """Return the same settings for PEFT."""
+    whole = lora.target_modules == ALL_LINEAR or not is_names(lora.target_modules)
+    return LoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        target_modules=lora.target_modules if whole else lora.target_modules.split(","),
+        layers_to_transform=None if lora.layers is None else list(lora.layers),
+        rank_pattern={pattern: int(rank) for pattern, rank in lora.rank_pattern},
+        alpha_pattern=dict(lora.alpha_pattern),
+        use_rslora=lora.use_rslora,
+        task_type="CAUSAL_LM",
+    )
 
 
 def peft_name(layer: str, part: str) -> str:
@@ -254,8 +263,7 @@ def our_gradients(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Gradien
     loss.backward()
     grads = {}
     for linear in lora_linears(built.root):
-        for part in PARTS if linear.lora_A is not None else ():
-            parameter = getattr(linear, part)
+        for part, parameter in linear.adapter():
             grads[peft_name(linear.name, part)] = local(parameter.grad).clone()
             parameter.grad = None
     return Gradients(loss.item(), grads)
@@ -294,12 +302,18 @@ class Curves:
         return max(abs(a - b) / b for a, b in zip(self.ours, self.peft, strict=True))
 
 
-def train_both(pair: Pair, ranks: Ranks, loader: data.Loader, num_steps: int, lr: float) -> Curves:
-    """Train both on the loader's steps, which must not be packed: AdamW, constant rate, gradient norm clipped to 1."""
+def train_both(
+    pair: Pair, ranks: Ranks, loader: data.Loader, num_steps: int, lr: float, lr_ratio: float = 1.0
+) -> Curves:
+    """Train both on the loader's steps, which must not be packed: AdamW, constant rate, gradient norm clipped to 1.
+
+    Args:
+        lr_ratio: that of LoRA+.
+    """
     curves = Curves()
-    trainer = make_trainer(pair.ours, ranks, loader, max_steps=num_steps, lr=lr)
+    trainer = make_trainer(pair.ours, ranks, loader, max_steps=num_steps, lr=lr, loraplus_lr_ratio=lr_ratio)
     trainable = [p for p in pair.peft.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=lr, weight_decay=0.0)
+    optimizer = create_loraplus_optimizer(pair.peft, torch.optim.AdamW, lr=lr, loraplus_lr_ratio=lr_ratio)
     epoch, index = 0, 0
     for step in range(num_steps):
         if index == loader.num_steps(epoch):

@@ -247,10 +247,13 @@ def test_text_part_of_an_image_model(ranks: Ranks, tmp_path: Path, family: str, 
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
-def test_exported_adapter_of_an_image_model(ranks: Ranks, tmp_path: Path, family: str) -> None:
+@pytest.mark.parametrize(
+    "lora", [LORA, LoraSettings(8, 16.0, layers=(1, 2), rank_pattern=(("model.layers.1.mlp.up_proj", 4),))]
+)
+def test_exported_adapter_of_an_image_model(ranks: Ranks, tmp_path: Path, family: str, lora: LoraSettings) -> None:
     folder = save_image_model(family, tmp_path / "base")
-    built = reference.load_ours(folder, ranks)
-    save_adapter(built.root, LORA, str(folder), tmp_path / "adapter", ranks)
+    built = reference.load_ours(folder, ranks, lora=lora)
+    save_adapter(built.root, lora, str(folder), tmp_path / "adapter", ranks)
     ids = reference.random_ids(2, TOKENS, 300)
     expected = image_model_logits(PeftModel.from_pretrained(load_image_model(folder), tmp_path / "adapter"), ids)
     found = reference.logits(built, ranks, reference.whole_rows(ids))

@@ -89,6 +89,12 @@ def test_value_takes_its_settings_type(name: str, raw: object, value: object) ->
         ("lora_dropout", "1", "at least 0 and below 1"),
         ("lora_dropout", "-0.1", "at least 0 and below 1"),
         ("lora_target_modules", "q_proj,,v_proj", "separated by commas"),
+        ("lora_target_modules", "(q|v", "or a regular expression"),
+        ("layers_to_transform", "4-", "such as 0-15,20"),
+        ("rank_pattern", "q_proj=2.5", "with ranks of at least 1"),
+        ("rank_pattern", "q_proj", "pattern=rank pairs"),
+        ("alpha_pattern", "q_proj=0", "with values above 0"),
+        ("loraplus_lr_ratio", "0", "above 0"),
         ("context_length", "7", "at least 8"),
         ("batch_size", "0", "at least 1"),
         ("gradient_accumulation_steps", "0", "at least 1"),
@@ -128,6 +134,8 @@ def test_long_output_dir_of_short_parts_is_fine() -> None:
     [
         ({"sharding": "none", "cpu_offload": "all"}, "use --sharding=full"),
         ({"eval_steps": "5", "eval_split": "0"}, "give --eval_dataset or an --eval_split above 0"),
+        ({"adapter": "runs/a", "lora_rank": "8", "use_rslora": "True"}, "the adapter's own config decides"),
+        ({"layers_to_transform": "0-3", "lora_target_modules": ".*q_proj"}, "put the blocks into the expression"),
     ],
 )
 def test_impossible_combination(overrides: dict[str, object], text: str) -> None:

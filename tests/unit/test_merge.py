@@ -221,7 +221,7 @@ def test_the_record_of_the_run_says_what_the_base_was(
 REFUSED: dict[str, tuple[dict[str, Any], type[FsdpQloraError], str]] = {
     "DoRA": ({"use_dora": True}, CheckpointError, "this one uses .'use_dora'."),
     "modules": ({"modules_to_save": ["lm_head"]}, CheckpointError, "this one uses .'modules_to_save'."),
-    "not LoRA": ({"peft_type": "IA3"}, CheckpointError, "only plain LoRA adapters are read"),
+    "not LoRA": ({"peft_type": "IA3"}, CheckpointError, "only LoRA adapters with rank and alpha above 0 are read"),
 }
 
 

@@ -95,3 +95,11 @@ def test_optimizer_has_the_trainable_parameters_and_the_settings() -> None:
         id(parameter) for parameter in model.parameters() if parameter.requires_grad
     ]
     assert (group["lr"], group["betas"], group["weight_decay"]) == (0.5, (0.8, 0.7), 0.1)
+
+
+def test_loraplus_gives_lora_B_a_group_of_its_own() -> None:
+    model = nn.Module()
+    model.lora_A, model.lora_B = nn.Parameter(torch.ones(2, 3)), nn.Parameter(torch.ones(4, 2))
+    slow, fast = build_optimizer(model, TrainConfig(lr=0.5, loraplus_lr_ratio=16)).param_groups
+    assert (slow["params"], slow["lr_ratio"]) == ([model.lora_A], 1)
+    assert (fast["params"], fast["lr_ratio"]) == ([model.lora_B], 16)

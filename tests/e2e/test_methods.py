@@ -1,0 +1,52 @@
+"""Kinds of LoRA from the command line: trained on two ranks, continued from, resumed."""
+
+from __future__ import annotations
+
+import functools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE
+from tests.faults.faults import kill_after_step
+from tests.faults.jobs import SETTINGS, losses, make_inputs, state, train
+
+METHODS: dict[str, dict[str, Any]] = {
+    "plain": {"use_rslora": True, "rank_pattern": "q_proj=2,down_proj=6", "loraplus_lr_ratio": 4},
+    "some blocks": {"layers_to_transform": "1", "lora_target_modules": "q_proj,up_proj", "alpha_pattern": "q_proj=3"},
+}
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return {**SETTINGS, **make_inputs(tmp_path_factory.mktemp("inputs")), "max_steps": 4}
+
+
+def adapter_of(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    folder = run / "adapter"
+    return json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_train_resume_and_continue(inputs: dict[str, Any], tmp_path: Path, method: str) -> None:
+    whole, cut, further = (tmp_path / name for name in ("whole", "cut", "further"))
+    settings = {**inputs, **METHODS[method]}
+    assert train(2, {**settings, "output_dir": whole}) == [0, 0], whole.with_suffix(".log").read_text()
+    assert train(2, {**settings, "output_dir": cut}, functools.partial(kill_after_step, 3)) == [-9, -9]
+    assert train(2, {**settings, "output_dir": cut}) == [0, 0], cut.with_suffix(".log").read_text()
+    assert losses(cut) == losses(whole)
+    assert state(cut, 4) == state(whole, 4)
+
+    rates = {"lr": 1e-12, "loraplus_lr_ratio": 1, "output_dir": further, "adapter": whole, "max_steps": 1}
+    continued = {name: value for name, value in inputs.items() if not name.startswith("lora_r")} | rates
+    assert train(1, continued) == [0], further.with_suffix(".log").read_text()
+    (config, matrices), (further_config, further_matrices) = adapter_of(whole), adapter_of(further)
+    assert further_config == config
+    assert matrices.keys() == further_matrices.keys()
+    for name, value in matrices.items():
+        torch.testing.assert_close(further_matrices[name], value, rtol=0, atol=1e-10)
+        assert value.any(), "nothing was trained"
