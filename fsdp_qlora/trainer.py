@@ -140,9 +140,13 @@ class Trainer:
             step, epoch = self.position.step, self.position.epoch
             index = self.position.sequences // self.train_loader.sequences_per_step
             step_started = time.monotonic()
-            result = self.train_step(
-                self.train_loader.step(epoch, index), step, lambda: (saver.is_writing, stop.received is not None)
-            )
+            batches = self.train_loader.step(epoch, index)
+            try:
+                result = self.train_step(batches, step, lambda: (saver.is_writing, stop.received is not None))
+            except TrainingError as error:
+                saver.finish()
+                examples = self.train_loader.examples(epoch, index)
+                raise TrainingError(f"{error}: training examples {examples} of epoch {epoch}") from error
             seconds, loss = time.monotonic() - step_started, result.loss
             done = (time.monotonic() - started) / (step + 1 - first_step)
             self._log_step(metrics, result, step, epoch, seconds, done * (self.num_steps - step - 1))

@@ -167,6 +167,11 @@ class Loader:
             batches.append(self._collate(rows + [[]] * (self.batch_size - len(rows)), row_length))
         return batches
 
+    def examples(self, epoch: int, index: int) -> list[int]:
+        """Return which examples, by their place in the list given, an optimizer step takes over all ranks."""
+        first = index * self.sequences_per_step
+        return [example for row in self._plan(epoch)[first : first + self.sequences_per_step] for example in row]
+
     def stats(self, epoch: int = 0) -> LoaderStats:
         """Return what an epoch holds, for the lines printed at the start."""
         sequences = self._plan(epoch)

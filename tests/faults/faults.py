@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import os
+import resource
+import shutil
 import signal
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 PLACES = ("load", "first step", "later step", "save")
@@ -26,10 +30,19 @@ def kill_after_step(step: int, rank: int) -> None:
     Trainer._log_step = log_and_die  # type: ignore[method-assign, assignment]
 
 
-def fail_at(place: str, kind: str, victim: int | None, rank: int) -> None:
-    """Let one rank, or all (None), fail in one of PLACES, in one of the ways of KINDS."""
-    if victim in (rank, None):
-        _at(place, KINDS[kind])
+def nothing(rank: int) -> None:
+    """Do nothing."""
+
+
+def fail_at(place: str, kind: str, victim: int, marker: Path, rank: int) -> None:
+    """Let one rank fail in one of PLACES, in one of the ways of KINDS, after touching a file to tell when."""
+
+    def fail() -> None:
+        marker.touch()
+        KINDS[kind]()
+
+    if rank == victim:
+        _at(place, fail)
 
 
 def _raise() -> None:
@@ -84,3 +97,168 @@ def _before(owner: Any, name: str, call: int, action: Callable[[], None]) -> Non
         return function(*arguments, **named)
 
     setattr(owner, name, wrapped)
+
+
+def nan_in_gradient(step: int, victim: int, rank: int) -> None:
+    """Write a NaN into one gradient of one rank."""
+    from torch.distributed.tensor import DTensor
+
+    from fsdp_qlora import trainer
+
+    clip, calls = trainer.clip_gradients, 0
+
+    def poisoned(root: Any, max_norm: float) -> float:
+        nonlocal calls
+        calls += 1
+        if rank == victim and calls == step:
+            gradient = next(parameter.grad for parameter in root.parameters() if parameter.grad is not None)
+            assert isinstance(gradient, DTensor)
+            gradient.to_local()[0, 0] = float("nan")
+        return clip(root, max_norm)
+
+    trainer.clip_gradients = poisoned
+
+
+def kill_in_save(save: int, moment: int, victim: int | None, rank: int) -> None:
+    """kill -9 at a moment of a save: before, in the middle of, or after one of its operations on the disk.
+
+    Args:
+        save: which save, from 1.
+        moment: counts through the operations; larger than their number: no kill.
+    """
+    if victim not in (rank, None):
+        return
+    watch_disk(save, lambda number: _signal(signal.SIGKILL) if number == moment else None)
+
+
+def watch_disk(save: int, act: Callable[[int], None]) -> Callable[[], int]:
+    """Call `act` with the number of every moment of a save; return how to learn how many there were."""
+    from fsdp_qlora import files, saver
+
+    seen, saves, active = 0, 0, False
+
+    def moment() -> None:
+        nonlocal seen
+        if active:
+            seen += 1
+            act(seen)
+
+    def counted(owner: Any, name: str) -> None:
+        function = getattr(owner, name)
+
+        @functools.wraps(function)
+        def wrapped(*arguments: Any, **named: Any) -> Any:
+            moment()
+            result = function(*arguments, **named)
+            moment()
+            return result
+
+        setattr(owner, name, wrapped)
+
+    class HalfWrites:
+        """A file that has a moment in the middle of every write."""
+
+        def __init__(self, file: Any) -> None:
+            self.file = file
+
+        def __enter__(self) -> HalfWrites:
+            return self
+
+        def __exit__(self, *_: object) -> None:
+            self.file.close()
+
+        def write(self, data: bytes | memoryview) -> None:
+            self.file.write(data[: len(data) // 2])
+            self.file.flush()
+            moment()
+            self.file.write(data[len(data) // 2 :])
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.file, name)
+
+    start, finish, path_open = saver.Saver.start, saver.Saver.finish, Path.open
+
+    def counted_start(self: Any, position: Any) -> None:
+        nonlocal saves, active
+        finish(self)
+        saves += 1
+        active = saves == save
+        start(self, position)
+
+    def counted_finish(self: Any) -> None:
+        nonlocal active
+        wrote = self._writing is not None
+        finish(self)
+        active = active and not wrote
+
+    def open_half(self: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
+        file = path_open(self, mode, *arguments, **named)
+        return HalfWrites(file) if active and mode == "wb" else file
+
+    saver.Saver.start, saver.Saver.finish = counted_start, counted_finish  # type: ignore[method-assign]
+    Path.open = open_half  # type: ignore[method-assign, assignment]
+    files.CHUNK_BYTES = 16384
+    for owner, name in ((os, "fsync"), (os, "mkdir"), (os, "rename"), (os, "rmdir"), (os, "unlink"), (os, "replace")):
+        counted(owner, name)
+    return lambda: seen
+
+
+def disk_full(save: int, share: float, victim: int, rank: int) -> None:
+    """Let the disk of one rank be full once it has written a share of its bytes of a save; 0: no byte of it fits."""
+    if rank != victim:
+        return
+    if share == 0:
+        usage = shutil.disk_usage
+        _nth(save, shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+        return
+    from fsdp_qlora import files, saver
+
+    write, saves, files.CHUNK_BYTES = saver.write_tensors, 0, 4096
+
+    def limited(path: Path, tensors: Any, metadata: Any) -> Any:
+        nonlocal saves
+        saves += path.name.startswith("rank-")
+        limit = share * sum(tensor.numel() * tensor.itemsize for tensor in tensors.values())
+        if saves == save:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (int(limit), resource.RLIM_INFINITY))
+        try:
+            return write(path, tensors, metadata)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+
+    saver.write_tensors = limited
+
+
+def read_only(step: int, rank: int) -> None:
+    """Let the folder of checkpoints be on a disk that is read-only by a step (root may write to any folder)."""
+    make = Path.mkdir
+
+    def refused(self: Path, *arguments: Any, **named: Any) -> None:
+        if f"step-{step:06d}" in str(self):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        make(self, *arguments, **named)
+
+    Path.mkdir = refused  # type: ignore[method-assign]
+
+
+def _nth(call: int, owner: Any, name: str, other: Callable[..., Any]) -> None:
+    """Replace the given call (from 1) of a function by another function."""
+    function, calls = getattr(owner, name), 0
+
+    def wrapped(*arguments: Any, **named: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return (other if calls == call else function)(*arguments, **named)
+
+    setattr(owner, name, wrapped)
+
+
+def say_the_token(token: str, rank: int) -> None:
+    """Let training fail with an error whose text holds a secret of the environment, as some clients' errors do."""
+    os.environ.update(HF_TOKEN=token, WANDB_API_KEY=token)
+    from fsdp_qlora import trainer
+
+    def fail(*_: object) -> float:
+        raise RuntimeError(f"401 for https://user:{token}@hub.example")
+
+    _nth(5, trainer, "clip_gradients", fail)
