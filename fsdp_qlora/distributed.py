@@ -11,6 +11,7 @@ from typing import TypeVar
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, Interrupted, TrainingError
@@ -103,9 +104,9 @@ def process_group(sharding: str, timeout_s: int, device: str | None = None) -> I
         torch.cuda.set_device(chosen)
         # torchrun gives every rank one CPU thread, too few for the optimizer of what rests in CPU memory
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
-    store = torch._C._distributed_c10d.HashStore() if world_size == 1 else None
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
+        store = _store(world_size, timeout)
         dist.init_process_group(
             _backend(chosen, local_world_size), store=store, rank=rank, world_size=world_size, timeout=timeout
         )
@@ -120,6 +121,23 @@ def process_group(sharding: str, timeout_s: int, device: str | None = None) -> I
         yield Ranks(rank, world_size, local_rank, chosen, make_mesh(chosen, world_size, sharding, local_world_size))
     finally:
         dist.destroy_process_group()
+
+
+def _store(world_size: int, timeout: datetime.timedelta) -> Store | None:
+    """Return where the ranks find each other; None leaves it to torch.
+
+    When torchrun restarts the ranks it keeps its store, in which they would find the addresses of dead ones and wait for
+    them (torch 2.13). On one node the number of the restart tells the lives apart. On several each node counts its own
+    restarts, so torchrun has to make a new store, as TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 lets it (launch/job.sh).
+    """
+    if world_size == 1:
+        return HashStore()
+    restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
+    if restart == "0" or not is_kept:
+        return None
+    address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+    return PrefixStore(f"restart-{restart}", TCPStore(*address, world_size, is_master=False, timeout=timeout))
 
 
 def _require_equal_nodes(world_size: int, local_world_size: int) -> None:

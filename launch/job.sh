@@ -35,6 +35,8 @@ prepare() {
     export PYTHONUNBUFFERED=1
     # A disk of each node's own: every node downloads once. Without it HF_HOME is shared, and the cluster downloads once.
     if [[ -n ${LOCAL_DISK:-} ]]; then export HF_HOME=$LOCAL_DISK/huggingface; fi
+    # With MAX_RESTARTS on several nodes: without it restarted ranks look for those of their earlier life.
+    export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1
     # torchrun kills ranks this many seconds after it passed SIGTERM on; they save in that time. Less than the lead of
     # '#SBATCH --signal', so that the script is still alive afterwards.
     export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=${TORCH_ELASTIC_SHUTDOWN_TIMEOUT:-90}
