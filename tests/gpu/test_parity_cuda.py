@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
@@ -17,7 +18,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 
-NUM_BLOCKS, NUM_STEPS, ROWS, TOKENS = 2, 20, 4, 512
+NUM_BLOCKS, NUM_STEPS, ROWS, TOKENS, LR = 2, 20, 4, 512, 3e-3
 LORA = reference.LoraSettings(rank=16, alpha=16.0)
 
 
@@ -44,7 +45,7 @@ def expected(checkpoint: Path) -> list[float]:
     model = get_peft_model(base, config).train()
     model.save_pretrained(checkpoint / "adapter")
     trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trainable, lr=1e-3, weight_decay=0.0)
+    optimizer = torch.optim.AdamW(trainable, lr=LR, weight_decay=0.0)
     losses = []
     for step in range(NUM_STEPS):
         ids = rows(step).cuda()
@@ -58,34 +59,38 @@ def expected(checkpoint: Path) -> list[float]:
     return losses
 
 
-def train(folder: Path, memory: MemorySettings) -> list[float]:
-    """Train on this rank's share of the same rows."""
-    with process_group("full", 120) as ranks:
+def train(folder: Path, memory: MemorySettings, sharding: str) -> list[float]:
+    """Train on this rank's share of the same rows; hybrid sharding takes each rank for a machine of its own."""
+    if sharding == "hybrid":
+        os.environ["LOCAL_WORLD_SIZE"] = "1"
+    with process_group(sharding, 120) as ranks:
         built = build_model(
             folder,
             ranks,
-            reference.QuantSettings(num_shards=ranks.world_size),
+            reference.QuantSettings(num_shards=ranks.num_shards),
             LORA,
             torch.bfloat16,
             memory=memory,
             adapter=read_adapter(folder / "adapter")[1],
         )
-        trainer = reference.make_trainer(built, ranks, max_steps=NUM_STEPS, lr=1e-3)
+        trainer = reference.make_trainer(built, ranks, max_steps=NUM_STEPS, lr=LR)
         share = slice(ranks.rank * ROWS // ranks.world_size, (ranks.rank + 1) * ROWS // ranks.world_size)
         return [trainer.train_step([reference.whole_rows(rows(s)[share])], s).loss for s in range(NUM_STEPS)]
 
 
-@pytest.mark.parametrize("world_size", [1, 2])
 @pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])
-def test_losses_are_pefts(checkpoint: Path, expected: list[float], world_size: int, offload: bool) -> None:
+@pytest.mark.parametrize(("world_size", "sharding"), [(1, "full"), (2, "full"), (2, "none"), (2, "hybrid")])
+def test_losses_are_pefts(
+    checkpoint: Path, expected: list[float], world_size: int, sharding: str, offload: bool
+) -> None:
+    if sharding == "hybrid" and torch.cuda.device_count() < 2:
+        pytest.skip("NCCL needs a GPU for each of the two machines")
     everything = MemorySettings(NUM_BLOCKS, True, True, NUM_BLOCKS, True)
     memory = everything if offload else MemorySettings(checkpoint_blocks=NUM_BLOCKS)
-    by_rank = run_ranks(train, world_size, checkpoint, memory, cuda=True)
+    by_rank = run_ranks(train, world_size, checkpoint, memory, sharding, cuda=True)
     deviation = max(abs(a - b) / b for a, b in zip(by_rank[0], expected, strict=True))
-    print(
-        f"{world_size} ranks, offload {offload}: {by_rank[0][0]:.4f} -> {by_rank[0][-1]:.4f}, PEFT {expected[-1]:.4f},"
-    )
-    print(f"largest relative difference {deviation:.1e}")
+    print(f"{world_size} x {sharding}, offload {offload}: {by_rank[0][0]:.4f} -> {by_rank[0][-1]:.4f},", end=" ")
+    print(f"PEFT {expected[0]:.4f} -> {expected[-1]:.4f}, largest relative difference {deviation:.1e}")
     assert all(losses == by_rank[0] for losses in by_rank)
     assert expected[-1] < 0.97 * expected[0], "the comparison says nothing unless the model learns"
     assert deviation < 1e-2
