@@ -225,6 +225,7 @@ _HUB_ID = Rule(lambda value: re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", value) i
 _SHARE = Rule(lambda value: 0 <= value < 1, "at least 0 and below 1")
 
 RULES: dict[str, Rule] = {
+    "dataset_weights": Rule(_is_sizes, "a number above 0 for each dataset, separated by commas"),
     "eval_dataset": Rule(
         is_named_datasets, "one dataset, or name=dataset pairs with different names and commas between"
     ),
@@ -334,6 +335,13 @@ def _uint8_on_old_torch(config: TrainConfig) -> str | None:
     return None
 
 
+def _weights_of_datasets(config: DataSettings) -> str | None:
+    num_datasets = len(config.dataset.split(","))
+    if config.dataset_weights is not None and len(config.dataset_weights.split(",")) != num_datasets:
+        return f"--dataset_weights={config.dataset_weights} for {num_datasets} datasets; give one number for each"
+    return None
+
+
 def _nothing_to_evaluate(config: EvaluateConfig) -> str | None:
     if config.adapter is None and config.model is None:
         return "neither --adapter nor --model is given; name the run to evaluate, or a base model"
@@ -347,12 +355,14 @@ def _answers_of_nothing(config: EvaluateConfig) -> str | None:
 
 
 CHECKS: dict[type, tuple[Check, ...]] = {
+    DataConfig: (Check(("dataset", "dataset_weights"), _weights_of_datasets),),
     EvaluateConfig: (
         Check(("adapter", "model"), _nothing_to_evaluate),
         Check(("save_answers", "exact_match"), _answers_of_nothing),
     ),
     TrainConfig: (
         *METHOD_CHECKS,
+        Check(("dataset", "dataset_weights"), _weights_of_datasets),
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),

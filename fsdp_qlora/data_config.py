@@ -26,7 +26,7 @@ class RowSettings:
     # --- data ---
     dataset: str = "demo"
     """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot; 'demo-test':
-    others, for evaluation)."""
+    others, for evaluation); for training also several, separated by commas."""
 
     dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Form of the rows; auto looks at the column names of the first row."""
@@ -44,7 +44,12 @@ class RowSettings:
     """Tokens per sequence. Longer examples are cut at the end; those left without a target token are dropped."""
 
     packing: bool = True
-    """Fill sequences with several examples, which cannot see each other; false: one example a sequence, padded."""
+    """Fill sequences with several examples, which cannot see each other; false: one example a sequence, padded, and
+    examples of alike lengths near each other."""
+
+    token_cache: str = "auto"
+    """Folder for tokenised datasets, which ranks share and later runs use again; auto: among this program's cached files;
+    none: every rank tokenises, in memory."""
 
     seed: int = 42
     """Seed of shuffling, of LoRA initialisation and of dropout."""
@@ -55,6 +60,9 @@ class DataSettings(RowSettings, ModelSettings):
     """What decides the tokens that a model learns from."""
 
     # --- data ---
+    dataset_weights: str | None = None
+    """How often each of several datasets is seen in an epoch, such as 1,0.25,3; default: once."""
+
     eval_dataset: str | None = None
     """Dataset to evaluate on, in the same forms as --dataset, or several: name=dataset,name2=dataset2; default: rows held
     out from --dataset."""
@@ -77,3 +85,21 @@ def is_named_datasets(text: str) -> bool:
     parts = [part.strip() for part in text.split(",")]
     names = [part.split("=", 1)[0] for part in parts]
     return all(re.fullmatch(r"[\w-]+=.+", part) for part in parts) and len(set(names)) == len(names)
+
+
+def weights_of(config: DataSettings) -> list[float]:
+    """Return the weight of each training dataset."""
+    if config.dataset_weights is None:
+        return [1.0] * len(config.dataset.split(","))
+    return [float(weight) for weight in config.dataset_weights.split(",")]
+
+
+def datasets_of(config: DataSettings) -> list[str]:
+    """Return all datasets of a run, those to evaluate on too."""
+    evaluated = named_datasets(config.eval_dataset).values() if config.eval_dataset is not None else ()
+    return [*training_datasets(config), *evaluated]
+
+
+def training_datasets(config: DataSettings) -> list[str]:
+    """Return the datasets to train on."""
+    return [dataset.strip() for dataset in config.dataset.split(",")]

@@ -160,18 +160,18 @@ def _load_data(
     with agree_on_errors(ranks, "loading the data"):
         tokenizer = load_tokenizer(folder)
         use_template(tokenizer, config.chat_template)
-        train, evaluation, report = data.load_splits(config, tokenizer)
+        splits = data.load_splits(config, tokenizer)
         vocab_size = read_config(folder)[0].vocab_size
-        for examples in (train, *evaluation.values()):
-            data.check_vocabulary(examples, vocab_size)
+        for store in (*splits.train.stores, *splits.evaluation.values()):
+            data.check_vocabulary(store, vocab_size)
         own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
         accumulation = config.gradient_accumulation_steps
-        train_loader = data.make_loader(train, config, tokenizer, accumulation=accumulation, **own)
+        train_loader = data.make_loader(splits.train, config, tokenizer, accumulation=accumulation, **own)
         loaders = {
-            name: data.make_loader(examples, config, tokenizer, accumulation=None, **own)
-            for name, examples in evaluation.items()
+            name: data.make_loader(data.Mixture([store]), config, tokenizer, accumulation=None, **own)
+            for name, store in splits.evaluation.items()
         }
-    _say(ranks, "\n".join(report.lines()))
+    _say(ranks, "\n".join(splits.report.lines()))
     return tokenizer, train_loader, loaders
 
 

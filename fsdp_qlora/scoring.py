@@ -15,7 +15,7 @@ from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer
 from fsdp_qlora.config import EvaluateConfig
 from fsdp_qlora.data.formats import Row, load_rows
 from fsdp_qlora.data.prompts import question_tokens
-from fsdp_qlora.data.splits import tokenize_rows
+from fsdp_qlora.data.store import Mixture
 from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import generate, read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, process_group
@@ -70,14 +70,14 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
         tokenizer = load_tokenizer(_tokenizer_folder(adapter, base))
         use_template(tokenizer, config.chat_template)
         report = data.DataReport(bad_rows=config.bad_rows)
-        rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed)
-        examples = tokenize_rows(rows, tokenizer, config, report)
-        if not examples:
+        rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed) if config.exact_match else []
+        examples = data.load_store(config.dataset, config, tokenizer, report)
+        if not len(examples):
             raise DataError(f"dataset {config.dataset}: no answer begins within --context_length; raise it")
         data.check_vocabulary(examples, read_config(base)[0].vocab_size)
     built = _build(config, ranks, base, adapter)
     loader = data.make_loader(
-        examples, config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, accumulation=None
+        Mixture([examples]), config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, accumulation=None
     )
     figures = evaluate(built.root, {"": loader}, ranks)
     if not config.exact_match:

@@ -2,7 +2,18 @@
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
+from pathlib import Path
+
+if "FSDP_QLORA_CACHE" not in os.environ:  # tokenised data of tests goes with them; the converted model is made once
+    _cache = Path(tempfile.mkdtemp(prefix="fsdp-qlora-tests-"))
+    atexit.register(shutil.rmtree, _cache, ignore_errors=True)
+    for _model in (Path.home() / ".cache" / "fsdp_qlora").glob("smollm2*bf16"):
+        (_cache / _model.name).symlink_to(_model)
+    os.environ["FSDP_QLORA_CACHE"] = str(_cache)
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("WANDB_MODE", "offline")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -46,7 +46,12 @@ class Content(NamedTuple):
 
 
 def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: int = 0) -> list[Row]:
-    """Read and check a whole dataset.
+    """Read and check a whole dataset; see iter_rows."""
+    return list(iter_rows(dataset, dataset_format, report, seed=seed))
+
+
+def iter_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: int = 0) -> Iterator[Row]:
+    """Yield the rows of a dataset, checked, as they are read.
 
     Args:
         dataset: path of a .jsonl, .json, .csv or .parquet file, hub id, or a key of DEMO_DATASETS.
@@ -58,32 +63,33 @@ def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
         DataError: a malformed row that is not to be skipped (`file:line: reason`), an unknown form, no usable row.
     """
     if dataset in DEMO_DATASETS:
-        demo = demo_rows(*DEMO_DATASETS[dataset], seed)
-        report.num_rows += len(demo)
-        return [
-            Row(f"{dataset}:{i}", "chat", tuple(read_messages(columns).messages)) for i, columns in enumerate(demo, 1)
-        ]
-    rows: list[Row] = []
-    num_before = report.num_rows
+        for number, columns in enumerate(demo_rows(*DEMO_DATASETS[dataset], seed), 1):
+            report.num_rows += 1
+            yield Row(f"{dataset}:{number}", "chat", tuple(read_messages(columns).messages))
+        return
+    num_read, num_good = 0, 0
     first_problem = ""
     for raw in read_raw(dataset):
+        num_read += 1
         report.num_rows += 1
         problem = raw.problem
         if not problem:
             if dataset_format == "auto":
                 dataset_format = detect_format(raw.columns, raw.where)
             try:
-                rows.append(check_row(raw.where, FORMATS[dataset_format](raw.columns)))
+                row = check_row(raw.where, FORMATS[dataset_format](raw.columns))
             except RowError as error:
                 problem = str(error)
+            else:
+                num_good += 1
+                yield row
         if problem:
             report.reject(raw.where, problem)
             first_problem = first_problem or f"{raw.where}: {problem}"
-    if report.num_rows == num_before:
+    if not num_read:
         raise DataError(f"dataset {dataset} is empty; it needs at least one row")
-    if not rows:
+    if not num_good:
         raise DataError(f"dataset {dataset}: none of its rows is usable, the first: {first_problem}")
-    return rows
 
 
 def detect_format(columns: dict[str, object], where: str) -> str:

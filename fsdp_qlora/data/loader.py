@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -12,7 +12,11 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.packing import pack, packing_efficiency
+from fsdp_qlora.data.store import Indices, Mixture, TokenStore
 from fsdp_qlora.data.tokenize import IGNORE, Example
+
+GROUP, BLOCK = 4096, 64
+"""See group_by_length."""
 
 ROW_MULTIPLE = 8
 """Rows of unpacked batches are padded to a multiple of this, which matmul kernels like."""
@@ -83,10 +87,11 @@ class Loader:
 
     The order of an epoch is a permutation from (seed, epoch), the same for every number of ranks; packing runs on that
     order. One optimizer step takes the next batch_size x gradient_accumulation_steps x world_size sequences; rows
-    missing at the end of an epoch are all padding without targets, so each example is seen exactly once an epoch.
+    missing at the end of an epoch are all padding without targets, so each example is seen exactly once an epoch, or as
+    often as the weight of its dataset says. Without packing, examples of alike lengths come near each other.
 
     Args:
-        examples: tokenised examples of 1 to context_length tokens; copied, so the list can be freed.
+        examples: tokenised examples of 1 to context_length tokens.
         batch_size: rows of a micro-batch.
         gradient_accumulation_steps: micro-batches of a step.
         context_length: with packing the length of every row, without it the longest allowed.
@@ -98,7 +103,7 @@ class Loader:
 
     def __init__(
         self,
-        examples: Sequence[Example],
+        examples: Iterable[Example] | Mixture,
         *,
         batch_size: int,
         gradient_accumulation_steps: int,
@@ -120,14 +125,9 @@ class Loader:
         self.seed = seed
         self.shuffle = shuffle
         self.pad_token_id = pad_token_id
-        self._lengths = np.array([len(example.input_ids) for example in examples], dtype=np.int64)
-        assert all(0 < length <= context_length for length in self._lengths), "examples must fit the context"
-        self._starts = np.concatenate([[0], np.cumsum(self._lengths)])
-        self._input_ids = np.empty(self._starts[-1], dtype=np.int32)
-        self._targets = np.full(self._starts[-1], IGNORE, dtype=np.int32)
-        for start, end, example in zip(self._starts[:-1], self._starts[1:], examples, strict=True):
-            self._input_ids[start:end] = example.input_ids
-            self._targets[start : end - 1] = example.labels[1:]
+        self._examples = examples if isinstance(examples, Mixture) else Mixture([TokenStore.from_examples(examples)])
+        self._lengths = self._examples.lengths
+        assert ((self._lengths > 0) & (self._lengths <= context_length)).all(), "examples must fit the context"
         self._planned_epoch = -1
         self._sequences: list[list[int]] = []
 
@@ -139,8 +139,7 @@ class Loader:
     def digest(self) -> str:
         """Return a checksum of the examples and of all that decides their order, the same for every number of ranks."""
         digest = hashlib.sha256(repr((self.context_length, self.packing, self.seed, self.shuffle)).encode())
-        for array in (self._lengths, self._input_ids, self._targets):
-            digest.update(array.data)
+        digest.update(self._examples.digest().encode())
         return digest.hexdigest()[:16]
 
     def num_steps(self, epoch: int) -> int:
@@ -184,9 +183,9 @@ class Loader:
             padded = sum(len(group) * self._row_length(max(group)) for group in groups)
             efficiency = sum(lengths) / padded if padded else 1.0
         return LoaderStats(
-            num_examples=len(self._lengths),
-            num_tokens=len(self._input_ids),
-            num_targets=int((self._targets != IGNORE).sum()),
+            num_examples=sum(map(len, sequences)),
+            num_tokens=sum(lengths),
+            num_targets=int(sum(self._examples.num_targets[sequence].sum() for sequence in sequences)),
             num_sequences=len(sequences),
             num_steps=self.num_steps(epoch),
             efficiency=efficiency,
@@ -195,9 +194,12 @@ class Loader:
     def _plan(self, epoch: int) -> list[list[int]]:
         """Return the epoch's sequences in global order, each a list of examples; the latest epoch is kept."""
         if epoch != self._planned_epoch:
-            order = np.arange(len(self._lengths))
+            random = np.random.default_rng((self.seed, epoch))
+            order = self._examples.members(random)
             if self.shuffle:
-                order = np.random.default_rng((self.seed, epoch)).permutation(order)
+                order = random.permutation(order)
+                if not self.packing:
+                    order = group_by_length(order, self._lengths, random)
             groups: list[list[int]] = [[i] for i in range(len(order))]
             if self.packing:
                 groups = pack(self._lengths[order].tolist(), self.context_length)
@@ -223,9 +225,10 @@ class Loader:
         for b, row in enumerate(rows):
             t = 0
             for example in row:
-                start, n = int(self._starts[example]), int(self._lengths[example])
-                input_ids[b, t : t + n] = self._input_ids[start : start + n]
-                labels[b, t : t + n] = self._targets[start : start + n]
+                ids, is_target = self._examples.tokens(example)
+                n = len(ids)
+                input_ids[b, t : t + n] = ids
+                labels[b, t : t + n - 1] = np.where(is_target[1:], ids[1:], IGNORE)
                 position_ids[b, t : t + n] = np.arange(n)
                 lengths.append(n)
                 t += n
@@ -242,8 +245,22 @@ class Loader:
         )
 
 
+def group_by_length(order: Indices, lengths: Indices, random: np.random.Generator) -> Indices:
+    """Bring examples of alike lengths near each other, so that little is padded, and keep the order random otherwise.
+
+    Runs of GROUP examples are sorted and cut into blocks of BLOCK, which are shuffled; the number of ranks plays no part.
+    """
+    grouped = []
+    for start in range(0, len(order), GROUP):
+        part = order[start : start + GROUP]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        blocks = [part[i : i + BLOCK] for i in range(0, len(part), BLOCK)]
+        grouped += [blocks[i] for i in random.permutation(len(blocks))]
+    return np.concatenate(grouped)
+
+
 def make_loader(
-    examples: Sequence[Example],
+    examples: Iterable[Example] | Mixture,
     config: LoaderSettings,
     tokenizer: PreTrainedTokenizerBase,
     *,

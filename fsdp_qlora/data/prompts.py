@@ -8,9 +8,9 @@ from typing import Literal
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.data.formats import Row
-from fsdp_qlora.data.splits import make_renderer, to_document
 from fsdp_qlora.data.templates import special_tokens
 from fsdp_qlora.data.tokenize import Encoder, start_of_last_answer
+from fsdp_qlora.data.tokenize_rows import make_renderer, to_document
 from fsdp_qlora.errors import DataError
 
 

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from fsdp_qlora.errors import DataError
 
@@ -143,10 +143,20 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
 
 def read_hub(dataset: str) -> Iterator[RawRow]:
     """Yield the rows of a hub dataset's train split; with HF_HUB_OFFLINE=1 only from the local cache."""
+    for number, columns in enumerate(_load_hub(dataset), 1):
+        yield RawRow(f"{dataset}:{number}", columns)
+
+
+def hub_fingerprint(dataset: str) -> str:
+    """Return what changes whenever a hub dataset does."""
+    return str(_load_hub(dataset)._fingerprint)
+
+
+def _load_hub(dataset: str) -> Any:
     import datasets
 
     try:
-        rows = datasets.load_dataset(dataset, split="train")
+        return datasets.load_dataset(dataset, split="train")
     except (
         OSError,
         ValueError,
@@ -157,8 +167,6 @@ def read_hub(dataset: str) -> Iterator[RawRow]:
             f"dataset {dataset}: cannot be loaded from the hub ({reason}); check the name, the network and HF_TOKEN, "
             "or download it and give the path of a .jsonl, .json, .csv or .parquet file"
         ) from error
-    for number, columns in enumerate(rows, 1):
-        yield RawRow(f"{dataset}:{number}", columns)
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {

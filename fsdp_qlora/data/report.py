@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Any, Literal
 
 from fsdp_qlora.errors import DataError
 
@@ -52,6 +52,25 @@ class DataReport:
 
     num_targets: int = 0
     """Tokens of the training examples that count in the loss."""
+
+    def add(self, other: DataReport) -> None:
+        """Add what happened to the rows of another dataset."""
+        self.num_rows += other.num_rows
+        self.num_skipped += other.num_skipped
+        self.num_truncated += other.num_truncated
+        self.num_dropped += other.num_dropped
+        self.skipped = (self.skipped + other.skipped)[:NUM_LISTED]
+        self.dropped = (self.dropped + other.dropped)[:NUM_LISTED]
+        self.lengths.extend(other.lengths)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the report as JSON can hold it."""
+        return {**vars(self), "lengths": self.lengths.tolist()}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> DataReport:
+        """Return the report that to_dict was made of."""
+        return cls(**{**content, "lengths": array("q", content["lengths"])})
 
     def reject(self, where: str, reason: str) -> None:
         """Count a malformed row, or stop.

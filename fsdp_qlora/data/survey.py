@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
-from array import array
+import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,12 +12,15 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.command_config import DataConfig
 from fsdp_qlora.data.chats import texts_of
-from fsdp_qlora.data.formats import Row
+from fsdp_qlora.data.formats import iter_rows
 from fsdp_qlora.data.loader import LoaderStats, make_loader
 from fsdp_qlora.data.report import DataReport
-from fsdp_qlora.data.splits import make_renderer, read_splits, tokenize_splits
-from fsdp_qlora.data.templates import special_tokens
+from fsdp_qlora.data.splits import Splits, load_splits
+from fsdp_qlora.data.store import Mixture, TokenStore
+from fsdp_qlora.data.templates import ChatRenderer, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Example
+from fsdp_qlora.data.tokenize_rows import make_renderer
+from fsdp_qlora.data_config import datasets_of
 
 MAX_BINS = 12
 
@@ -61,23 +63,20 @@ def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
     Raises:
         DataError: as in training.
     """
-    report = DataReport(bad_rows=config.bad_rows)
-    train_rows, eval_rows = read_splits(config, report)
-    train, evaluation = tokenize_splits(train_rows, eval_rows, tokenizer, config, report)
+    splits = load_splits(config, tokenizer)
+    train, report = splits.train, splits.report
     loader = make_loader(
         train, config, tokenizer, rank=0, world_size=config.gpus, accumulation=config.gradient_accumulation_steps
     )
     lengths = np.array(report.lengths)
     names = {"shortest": 0, "median": 50, "95 %": 95, "longest": 100}
-    rows = [*train_rows, *itertools.chain(*eval_rows.values())]
-    evaluated = list(itertools.chain(*evaluation.values()))
-    warnings = [*_row_warnings(rows, tokenizer), *_example_warnings(train, evaluated, report)]
+    warnings = [*_row_warnings(config, tokenizer), *_example_warnings(splits)]
     return Survey(
         report,
         loader.stats(),
         tuple(histogram(report.lengths)),
         {name: int(np.percentile(lengths, share)) for name, share in names.items()},
-        tuple(render(tokenizer, example) for example in choose_samples(train, config.num_samples)),
+        tuple(render(tokenizer, example) for example in choose_samples(train.stores, config.num_samples)),
         tuple(warnings),
     )
 
@@ -98,11 +97,13 @@ def histogram(values: Sequence[int]) -> list[Bin]:
     return [*bins[:-1], Bin(bins[-1].low, max(bins[-1].high, int(data.max())), bins[-1].count)]
 
 
-def choose_samples(examples: Sequence[Example], num_samples: int) -> list[Example]:
+def choose_samples(stores: Sequence[TokenStore], num_samples: int) -> list[Example]:
     """Return examples evenly spread over the lengths, from the shortest to the longest."""
-    order = sorted(range(len(examples)), key=lambda i: len(examples[i].input_ids))
+    mixture = Mixture(stores)
+    order = np.argsort(mixture.lengths, kind="stable")
     places = np.linspace(0, len(order) - 1, min(num_samples, len(order))).round().astype(int)
-    return [examples[order[place]] for place in places]
+    tokens = [mixture.tokens(int(order[place])) for place in places]
+    return [Example(ids.tolist(), np.where(flags, ids, IGNORE).tolist()) for ids, flags in tokens]
 
 
 def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
@@ -122,26 +123,27 @@ def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
     return Sample(len(flags), sum(flags), tuple(runs))
 
 
-def _row_warnings(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return warnings about texts and roles."""
+def _row_warnings(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return warnings about texts and roles; reads the rows once more."""
     warnings = []
+    renderer: ChatRenderer | None = None
     control_tokens = special_tokens(tokenizer)
-    renderer = make_renderer(rows, tokenizer)
-    if renderer is not None:
-        control_tokens = renderer.control_tokens
-        num_system = sum(row.messages[0]["role"] == "system" for row in rows if row.messages)
-        if renderer.merges_system and num_system:
-            warnings.append(
-                f"{num_system:,} rows have a system message, for which the chat template has no place: it is put before"
-                " the text of the first user message"
-            )
     found: Counter[str] = Counter()
-    first = ""
-    for row in rows:
-        text = row.text + "\n".join(texts_of(list(row.messages)))
-        inside = [token for token in control_tokens if token in text]
-        found.update(inside)
-        first = first or (row.where if inside else "")
+    num_system, first = 0, ""
+    for dataset in datasets_of(config):
+        for row in iter_rows(dataset, config.dataset_format, DataReport(bad_rows="skip"), seed=config.seed):
+            if renderer is None and (renderer := make_renderer([row], tokenizer)) is not None:
+                control_tokens = renderer.control_tokens
+            num_system += bool(row.messages) and row.messages[0]["role"] == "system"
+            text = row.text + "\n".join(texts_of(list(row.messages)))
+            inside = [token for token in control_tokens if token in text]
+            found.update(inside)
+            first = first or (row.where if inside else "")
+    if renderer is not None and renderer.merges_system and num_system:
+        warnings.append(
+            f"{num_system:,} rows have a system message, for which the chat template has no place: it is put before"
+            " the text of the first user message"
+        )
     if found:
         counts = ", ".join(f"{token} in {count:,}" for token, count in found.most_common(5))
         meaning = "where the rows are plain text they act as such, elsewhere they are learned as ordinary characters"
@@ -149,9 +151,9 @@ def _row_warnings(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase) -> li
     return warnings
 
 
-def _example_warnings(train: Sequence[Example], evaluation: Sequence[Example], report: DataReport) -> list[str]:
+def _example_warnings(splits: Splits) -> list[str]:
     """Return warnings about what was lost, and what is there twice."""
-    warnings = []
+    warnings, report = [], splits.report
     if report.num_dropped:
         warnings.append(
             f"{report.num_dropped:,} examples are dropped, having no token to learn within --context_length"
@@ -163,13 +165,15 @@ def _example_warnings(train: Sequence[Example], evaluation: Sequence[Example], r
         )
     if report.num_skipped:
         warnings.append(f"{report.num_skipped:,} malformed rows are skipped, the first {report.skipped[0]}")
-    keys = Counter(_key(example) for example in train)
-    if repeated := len(train) - len(keys):
+    keys = {key for store in splits.train.stores for key in _keys(store)}
+    if repeated := report.num_examples - len(keys):
         warnings.append(f"{repeated:,} training examples repeat another one word for word: they count several times")
-    if leaked := sum(_key(example) in keys for example in evaluation):
+    if leaked := sum(key in keys for store in splits.evaluation.values() for key in _keys(store)):
         warnings.append(f"{leaked:,} evaluation examples are also trained on: the evaluation loss will look too good")
     return warnings
 
 
-def _key(example: Example) -> bytes:
-    return array("q", example.input_ids).tobytes()
+def _keys(store: TokenStore) -> Iterator[bytes]:
+    """Yield a checksum of every example."""
+    for i in range(len(store)):
+        yield hashlib.sha256(store.tokens(i)[0].tobytes()).digest()

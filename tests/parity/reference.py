@@ -208,9 +208,9 @@ def smollm2(ranks: Ranks, context_length: int) -> tuple[Pair, data.Loader]:
     """
     folder = resolve("smollm2-135m")
     config = TrainConfig(dataset="demo", context_length=context_length, packing=False, train_on="all")
-    examples, _, _ = data.load_splits(config, AutoTokenizer.from_pretrained(folder))
+    (examples,) = data.load_splits(config, AutoTokenizer.from_pretrained(folder)).train.stores
     pair = load_pair(folder, ranks, zero_lora_B=True)
-    return pair, unpacked_loader(examples[:50], context_length, batch_size=1)
+    return pair, unpacked_loader([examples[i] for i in range(50)], context_length, batch_size=1)
 
 
 def make_trainer(built: BuiltModel, ranks: Ranks, loader: data.Loader | None = None, **settings: object) -> Trainer:
