@@ -1,0 +1,61 @@
+"""The documentation's links, flags and samples hold."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from fsdp_qlora.data.formats import COLUMNS, load_rows
+from fsdp_qlora.data.report import DataReport
+from scripts import check_docs
+
+DATA_PAGE = check_docs.ROOT / "docs" / "data.md"
+
+
+def test_the_pages_have_no_problem(capsys: pytest.CaptureFixture[str]) -> None:
+    assert check_docs.main() == 0, capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("[x](gone.md)", "link to gone.md: no such file"),
+        ("# Here\n[x](#there)", "link to #there: no such heading"),
+        ("![x](../../outside.png)", "no such file"),
+        ("`--learning_rat 1`", "--learning_rat: no such setting"),
+        ("```bash\nfsdp-qlora trian --lr 1\n```", "fsdp-qlora trian: no such command"),
+        ("see `tests/gone.py`", "tests/gone.py: no such file"),
+    ],
+)
+def test_problems_are_found(tmp_path: Path, text: str, problem: str) -> None:
+    (tmp_path / "README.md").write_text(text)
+    (found,) = check_docs.problems(tmp_path / "README.md", tmp_path)
+    assert problem in found
+
+
+def test_good_pages_pass(tmp_path: Path) -> None:
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "a.md").write_text("# One, *two* & `three`\n[up](../README.md) [web](https://example.org/x)")
+    (tmp_path / "README.md").write_text(
+        "[a](docs/a.md#one-two--three) `fsdp-qlora train --lr 1`\n```\n[x](no-link)\n```"
+    )
+    assert check_docs.main(tmp_path) == 0
+
+
+def samples() -> list[str]:
+    return re.findall(r"```json\n(.*?)```", DATA_PAGE.read_text(encoding="utf-8"), re.DOTALL)
+
+
+def test_there_is_a_sample_of_every_form() -> None:
+    keys = [set(json.loads(sample)) for sample in samples()]
+    assert [name for name, columns in COLUMNS.items() if not any(set(columns) <= found for found in keys)] == []
+
+
+@pytest.mark.parametrize("sample", samples(), ids=range(len(samples())))
+def test_samples_of_rows_are_read(tmp_path: Path, sample: str) -> None:
+    path = tmp_path / "rows.jsonl"
+    path.write_text(sample)
+    assert len(load_rows(str(path), "auto", DataReport())) == 1
