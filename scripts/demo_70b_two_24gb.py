@@ -4,12 +4,14 @@
 
 Makes a random-weight checkpoint in bitsandbytes' pre-quantised format (once, 37 GB), then runs the real
 `torchrun --nproc_per_node 2 train.py`. Each process may use only --gpu_memory GiB. On one GPU the two ranks talk through
-gloo, which is slow; on two, through NCCL. Further --name value pairs go to train.py.
+gloo, which is slow; on two, through NCCL. Further --name value pairs go to train.py. With --results FILE a table row is
+appended to a Markdown file.
 """
 
 from __future__ import annotations
 
 import json
+import statistics
 import subprocess
 import sys
 import threading
@@ -64,6 +66,7 @@ def main(
     steps: int = 2,
     output_dir: str = "/tmp/demo-70b",
     timeout_s: int = 540,
+    results: str = "",
     **flags: str,
 ) -> None:
     """Run the demonstration and print a table."""
@@ -92,20 +95,34 @@ def main(
         sys.exit(f"train.py ended with {code} after {time.monotonic() - started:.0f} s")
     record = json.loads((Path(output_dir) / "run.json").read_text())
     metrics = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    result = record["result"]
-    print(f"\n{shape}, {ranks} ranks, settings {flags}")
-    print(f"  wall seconds             {time.monotonic() - started:.0f}")
-    print(f"  load seconds             {[round(rank['load_seconds'], 1) for rank in result['ranks']]}")
-    print(f"  GiB read per rank        {[round(rank['bytes_read'] / 2**30, 2) for rank in result['ranks']]}")
-    print(f"  peak GPU GiB reserved    {[rank['peak_gpu_gib'] for rank in result['ranks']]}")
+    by_rank = record["result"]["ranks"]
+    steps_taken = [line for line in metrics if "loss" in line]
+    seconds = statistics.median(line["step_seconds"] for line in steps_taken[1:] or steps_taken)
+    tokens = statistics.median(line["tokens_per_second"] for line in steps_taken[1:] or steps_taken)
     sizes = sorted((f"{size / 2**30:.1f}" for size in meter.peak), key=float, reverse=True)
-    print(f"  peak host GiB            {sum(meter.peak) / 2**30:.1f} (processes: {' '.join(sizes)})")
-    print(f"  seconds per step         {[line['step_seconds'] for line in metrics if 'loss' in line]}")
-    print(f"  losses                   {[round(line['loss'], 4) for line in metrics if 'loss' in line]}")
+    row = {
+        "run": f"{shape}, " + ", ".join(f"{name} {value}" for name, value in flags.items()),
+        "ranks": ranks,
+        "load s": max(round(rank["load_seconds"], 1) for rank in by_rank),
+        "GiB read per rank": max(round(rank["bytes_read"] / 2**30, 2) for rank in by_rank),
+        "GPU GiB reserved": max(rank["peak_gpu_gib"] for rank in by_rank),
+        "host GiB, all": f"{sum(meter.peak) / 2**30:.1f} (processes: {' '.join(sizes[:4])} ...)",
+        "first step s": steps_taken[0]["step_seconds"],
+        "s per step": seconds,
+        "tok/s": tokens,
+        "losses": " ".join(f"{line['loss']:.4f}" for line in steps_taken),
+    }
+    verified = record["config"]["verify_weights"]
     print(
-        f"  base fingerprint         {record['base']['fingerprint']}"
-        f" (gathered bytes verified: {record['config']['verify_weights']})"
+        f"\nwall {time.monotonic() - started:.0f} s, base {record['base']['fingerprint']}, bytes verified: {verified}"
     )
+    print("\n".join(f"  {name:<18} {value}" for name, value in row.items()))
+    if results:
+        table = Path(results)
+        lines = [] if table.exists() else [" | ".join(row), " | ".join("---" for _ in row)]
+        lines.append(" | ".join(str(value) for value in row.values()))
+        with table.open("a") as file:
+            file.writelines(f"| {line} |\n" for line in lines)
 
 
 if __name__ == "__main__":
