@@ -27,7 +27,6 @@ from fsdp_qlora.quant.lora import pattern_value
 PREFIX = "base_model.model."
 
 UNSUPPORTED = (
-    "use_dora",
     "modules_to_save",
     "lora_bias",
     "alora_invocation_tokens",
@@ -49,7 +48,8 @@ def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
-    """Return the LoRA matrices by PEFT's names, float32 on the CPU: lora_A [r, in], lora_B [out, r].
+    """Return the LoRA matrices by PEFT's names, float32 on the CPU: lora_A [r, in], lora_B [out, r], and with DoRA
+    lora_magnitude_vector [out].
 
     Raises:
         CheckpointError: a matrix has not its full shape, or holds NaN.
@@ -62,7 +62,7 @@ def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tenso
     for linear in lora_linears(root):
         for part, parameter in linear.adapter():
             value = full_tensor(parameter, ranks.device)
-            name = f"{PREFIX}{_peft_name(root, linear)}.{part}.weight"
+            name = f"{PREFIX}{_peft_name(root, linear)}.{part}{'' if part == 'lora_magnitude_vector' else '.weight'}"
             shape = linear.adapter_shape(part)
             if value.shape != shape or not bool(value.isfinite().all()):
                 raise CheckpointError(
@@ -95,7 +95,7 @@ def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict
         "fan_in_fan_out": False,
         "init_lora_weights": True,
         "use_rslora": lora.use_rslora,
-        "use_dora": False,
+        "use_dora": lora.use_dora,
         "modules_to_save": None,
         "inference_mode": True,
     }
@@ -169,7 +169,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def matrix_name(name: str) -> str:
-    """Return '<layer name>.lora_A' or '.lora_B' for a tensor of an adapter file."""
+    """Return '<layer name>.<part>', with a part of ADAPTER_PARTS, for a tensor of an adapter file."""
     return name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight")
 
 
@@ -206,7 +206,7 @@ def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter's config and its matrices by '<layer name>.lora_A' / '.lora_B', float32.
+    """Return an adapter's config and its matrices by '<layer name>.<part>' (see `matrix_name`), float32.
 
     Raises:
         CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
@@ -241,6 +241,7 @@ def _settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Lo
         alpha,
         target_modules=",".join(sorted(ranks)),
         use_rslora=bool(config.get("use_rslora")),
+        use_dora=bool(config.get("use_dora")),
         rank_pattern=tuple((re.escape(layer), own) for layer, own in ranks.items() if own != rank),
         alpha_pattern=tuple((re.escape(layer), own) for layer, own in alphas.items() if own != alpha),
     )

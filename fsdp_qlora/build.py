@@ -10,11 +10,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import check_adapter, check_layers
 from fsdp_qlora.checkpointing import Block
-from fsdp_qlora.distributed import Ranks, agree_on_errors
+from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
 from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
@@ -132,10 +133,33 @@ def build_model(
         init = lora.init if lora is not None else "default"
         loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter, init)
         report = loader.load(parallelized.units, progress)
+    if adapter is None and lora is not None and lora.use_dora:
+        _begin_magnitudes(skeleton, ranks, dtype)
     for module in skeleton.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(ranks.device))
     return BuiltModel(parallelized.root, skeleton, report, quant)
+
+
+@torch.no_grad()
+def _begin_magnitudes(skeleton: Skeleton, ranks: Ranks, dtype: torch.dtype) -> None:
+    """Give DoRA's magnitudes their initial values, the lengths of the rows, from each block's whole matrices."""
+    for block in skeleton.blocks:
+        sharded = isinstance(block, FSDPModule)
+        if isinstance(block, FSDPModule):
+            block.unshard()
+        if isinstance(block, Block):
+            block.arrive(backward=False)
+        adapted = [linear for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
+        norms = [linear.row_norms(dtype) for linear in adapted]
+        if isinstance(block, FSDPModule):
+            block.reshard()
+        for linear, values in zip(adapted, norms, strict=True):
+            parameter = linear.lora_magnitude_vector
+            assert parameter is not None
+            start, stop = shard_rows(len(values), ranks.shard, ranks.num_shards) if sharded else (0, len(values))
+            local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
+            local.copy_(values[start:stop])
 
 
 def verify_weights(built: BuiltModel, ranks: Ranks) -> None:

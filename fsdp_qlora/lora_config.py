@@ -35,6 +35,9 @@ class MethodSettings:
     use_rslora: bool = False
     """Rank-stabilised LoRA: multiply updates by lora_alpha / sqrt(lora_rank)."""
 
+    use_dora: bool = False
+    """DoRA: train the lengths of the rows of each matrix apart from their directions. Slower, and keeps more activations."""
+
     layers_to_transform: str | None = None
     """Decoder blocks that get LoRA, such as 0-15 or 0,4,8-11, counted from 0; default: all."""
 
@@ -45,7 +48,7 @@ class MethodSettings:
     """Other lora_alpha for some layers, in the same form."""
 
     loraplus_lr_ratio: float = 1.0
-    """LoRA+: learning rate of lora_B, as a multiple of --lr; 1: the same for all."""
+    """LoRA+: learning rate of lora_B (and DoRA's lengths), as a multiple of --lr; 1: the same for all."""
 
     adapter: str | None = None
     """Start from the matrices of this PEFT adapter or run folder; its own rank, alpha, targets and kind of LoRA count."""
@@ -57,6 +60,7 @@ DECIDED_BY_ADAPTER = (
     "lora_target_modules",
     "lora_init",
     "use_rslora",
+    "use_dora",
     "layers_to_transform",
     "rank_pattern",
     "alpha_pattern",
@@ -76,6 +80,7 @@ def lora_settings(config: MethodSettings) -> LoraSettings:
         config.lora_target_modules,
         config.lora_init,
         config.use_rslora,
+        config.use_dora,
         None if config.layers_to_transform is None else parse_layers(config.layers_to_transform),
         parse_patterns(config.rank_pattern or ""),
         parse_patterns(config.alpha_pattern or ""),

@@ -113,9 +113,9 @@ def _streamed(skeleton: Skeleton, variant: Variant, device: torch.device) -> Ite
             handles.append(module.register_forward_hook(_taker(own)))
         elif own and name.startswith("model."):
             handles.append(module.register_forward_pre_hook(_giver(name, own, variant, device)))
-            handles.append(module.register_forward_hook(_taker(own)))
             if isinstance(module, nn.Linear) and variant.lora is not None:
                 handles.append(module.register_forward_hook(_adder(f"{name}.weight", variant.lora)))
+            handles.append(module.register_forward_hook(_taker(own)))
     buffers = [(module, dict(module.named_buffers(recurse=False))) for module in skeleton.model.modules()]
     try:
         for module, values in buffers:
@@ -151,11 +151,16 @@ def _taker(own: dict[str, nn.Parameter]) -> Callable[..., None]:
 def _adder(name: str, update: Callable[[str], Lora | None]) -> Callable[..., None]:
     """Add the update to the first half of the batch."""
 
-    def add(module: nn.Module, arguments: tuple[Tensor], output: Tensor) -> None:
+    def add(module: nn.Linear, arguments: tuple[Tensor], output: Tensor) -> None:
         lora = update(name)
         if lora is not None:
             half = len(output) // 2
             output[:half] += lora.scaling * (arguments[0][:half] @ lora.A.t()) @ lora.B.t()
+            factors = lora.factors(torch.addmm(module.weight, lora.B, lora.A, alpha=lora.scaling))
+            if factors is not None:
+                output[:half] *= factors
+                if module.bias is not None:
+                    output[:half] += module.bias * (1 - factors)
 
     return add
 

@@ -16,6 +16,7 @@ from fsdp_qlora.adapters import matrix_name, read_adapter_config
 from fsdp_qlora.errors import CheckpointError, WeightsError
 from fsdp_qlora.output_files import WEIGHTS_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.quant.linear import ADAPTER_PARTS
 from fsdp_qlora.quant.lora import pattern_value
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.standalone import Source
@@ -28,11 +29,26 @@ from fsdp_qlora.weights.source import is_quantized, require_finite
 
 @dataclass(frozen=True)
 class Lora:
-    """The update of one matrix: scaling * B @ A, with A [r, in] and B [out, r] in float32."""
+    """The update of one matrix: scaling * B @ A, with A [r, in] and B [out, r] in float32.
+
+    Attributes:
+        magnitudes: lengths of the rows of the updated matrix, fp32 [out], with DoRA.
+    """
 
     A: Tensor
     B: Tensor
     scaling: float
+    magnitudes: Tensor | None = None
+
+    def factors(self, updated: Tensor) -> Tensor | None:
+        """Return by what the rows of weight + update [out, in] are multiplied, [out]; None without DoRA."""
+        return None if self.magnitudes is None else self.magnitudes / torch.linalg.vector_norm(updated, dim=1)
+
+    def add_to(self, weight: Tensor) -> Tensor:
+        """Return an updated matrix [out, in], float32, in the memory of the given one."""
+        weight.addmm_(self.B, self.A, alpha=self.scaling)
+        factors = self.factors(weight)
+        return weight if factors is None else weight.mul_(factors.unsqueeze(1))
 
 
 class Adapter:
@@ -49,20 +65,28 @@ class Adapter:
         self._check(source)
 
     def _check(self, source: Source) -> None:
-        """Raise CheckpointError unless the matrices come in pairs that fit layers of the base."""
+        """Raise CheckpointError unless the matrices are complete and fit layers of the base."""
         found = {name: self.reader.entry(tensor).shape for name, tensor in self._tensors.items()}
         for name, shape in found.items():
             layer, _, part = name.rpartition(".")
             linear = source.linears.get(f"{layer}.weight")
             rank = found.get(f"{layer}.lora_A", (0,))[0]
-            if linear is not None and part in ("lora_A", "lora_B") and f"{layer}.lora_B" in found and rank > 0:
-                expected = (rank, linear.in_features) if part == "lora_A" else (linear.out_features, rank)
-                if shape == expected:
+            if linear is not None and rank > 0 and all(f"{layer}.{other}" in found for other in self._parts):
+                expected: dict[str, tuple[int, ...]]
+                expected = {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
+                if self.config.get("use_dora"):
+                    expected["lora_magnitude_vector"] = (linear.out_features,)
+                if shape == expected.get(part):
                     continue
             raise CheckpointError(
                 f"adapter matrix '{name}' of shape {list(shape)} has no place in this base: the adapter belongs to"
                 " another model"
             )
+
+    @property
+    def _parts(self) -> tuple[str, ...]:
+        """What each updated matrix must have."""
+        return ADAPTER_PARTS if self.config.get("use_dora") else ADAPTER_PARTS[:2]
 
     def identity(self) -> list[Any]:
         """Return what tells this adapter from another."""
@@ -78,8 +102,8 @@ class Adapter:
         if not self.adapts(name):
             return None
         layer = name.removesuffix(".weight")
-        lora_A, lora_B = (self._read(f"{layer}.{part}").to(device) for part in ("lora_A", "lora_B"))
-        return Lora(lora_A, lora_B, self._scaling(layer, lora_A.shape[0]))
+        lora_A, lora_B, *magnitudes = (self._read(f"{layer}.{part}").to(device) for part in self._parts)
+        return Lora(lora_A, lora_B, self._scaling(layer, lora_A.shape[0]), *magnitudes)
 
     def _read(self, name: str) -> Tensor:
         entry = self.reader.entry(self._tensors[name])
@@ -157,6 +181,4 @@ class Weights:
         """Return a matrix of the base with its update added."""
         weight = self.base(name, kind)
         lora = adapter.lora(name, self.device)
-        if lora is not None:
-            weight.addmm_(lora.B, lora.A, alpha=lora.scaling)
-        return weight
+        return weight if lora is None else lora.add_to(weight)

@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config import TrainConfig
 
-FASTER = ("lora_B",)
+FASTER = ("lora_B", "lora_magnitude_vector")
 """Ends of the names of the parameters that LoRA+ gives another learning rate."""
 
 

@@ -20,7 +20,7 @@ from fsdp_qlora.memory import HostArena
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
-from fsdp_qlora.quant.linear import LoRALinear
+from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear
 from fsdp_qlora.streaming import WeightStream
 
 
@@ -220,7 +220,7 @@ def _fully_shard(
         plain = ranks.num_shards == 1 and (not offload or block.weights is not None)
         fully_shard(block, mesh=ranks.mesh, ignored_params={linear.packed for linear, _ in packed} if plain else None)
         if offload:
-            names = ("packed", "lora_A", "lora_B") if memory.offload_lora else ("packed",)
+            names = ("packed", *ADAPTER_PARTS) if memory.offload_lora else ("packed",)
             offloaded |= packed | _offload(block, names, ranks)
     fully_shard(root, mesh=ranks.mesh, ignored_params={vocabulary.weight for vocabulary in vocabularies})
     register_fsdp_forward_method(root, "next_tokens")

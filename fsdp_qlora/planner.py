@@ -121,7 +121,7 @@ class ModelShape:
         widths: see Widths.
         num_heads: query heads.
         largest_weights, largest_packed: largest quantised matrix of a block: weights, and bytes packed.
-        lora_widths: sums over the LoRA layers of a block: rank, and input width.
+        lora_widths: sums over the LoRA layers of a block: rank, input width, and with DoRA output width.
         itemsize: bytes of the compute dtype.
         softcapped: whether logits, and whether attention scores, are soft-capped.
         max_positions: the model's longest context.
@@ -137,7 +137,7 @@ class ModelShape:
     num_heads: int
     largest_weights: int
     largest_packed: int
-    lora_widths: tuple[int, int]
+    lora_widths: tuple[int, int, int]
     itemsize: int
     softcapped: tuple[bool, bool]
     max_positions: int
@@ -175,9 +175,10 @@ def model_shape(
     skeleton = build_skeleton(folder, dtype)
     quantize_and_adapt(skeleton, quant, lora, dtype)
     config = skeleton.config
-    block = skeleton.blocks[0]
+    block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
     layouts = [linear.layout for linear in lora_linears(block)]
     adapted = [linear.lora_A.shape for linear in lora_linears(block) if linear.lora_A is not None]
+    dora = [linear.out_features for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
     largest = max(layouts, key=lambda layout: layout.num_weights)
     head = skeleton.vocabulary.weight
     norm = skeleton.decoder.norm
@@ -194,7 +195,7 @@ def model_shape(
         num_heads=config.num_attention_heads,
         largest_weights=largest.num_weights,
         largest_packed=largest.padded_bytes,
-        lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted)),
+        lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
         itemsize=dtype.itemsize,
         softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
         max_positions=config.max_position_embeddings,
@@ -368,9 +369,10 @@ def _offloads_blocks(shape: ModelShape, memory: MemorySettings, checkpointed: bo
 
 def _saved(shape: ModelShape, run: Run) -> float:
     """Return the bytes that autograd keeps of one block between forward and backward."""
-    rank_width, input_width = shape.lora_widths
+    rank_width, input_width, dora_width = shape.lora_widths
     per_token = SAVED.bytes_per_token(shape.widths, shape.itemsize)
-    per_token += 4 * shape.num_heads + shape.itemsize * rank_width  # log-sum-exp of attention; x A^T of every layer
+    # log-sum-exp of attention; x A^T of every layer; with DoRA its output before it is scaled
+    per_token += 4 * shape.num_heads + shape.itemsize * (rank_width + dora_width)
     if run.has_dropout:
         per_token += (shape.itemsize + 1) * input_width  # the dropped inputs and their masks
     scores = 0

@@ -64,6 +64,7 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
             rank=lora.rank_of(name) if lora is not None and name in adapted else 0,
             scaling=lora.scaling_of(name) if lora is not None else 1.0,
             dropout=lora.dropout if lora is not None else 0.0,
+            use_dora=lora is not None and lora.use_dora,
         )
         setattr(skeleton.model.get_submodule(parent_name), leaf, replacement)
 

@@ -2,6 +2,8 @@
 
     y = x W^T + b + s (x A^T) B^T          W: 4-bit [out, in]    A: [r, in]    B: [out, r]    s = alpha / r
 
+or, with DoRA, y = m / |W + s B A| * (x W^T + s (x A^T) B^T) + b, with the lengths of the rows |.| as constants.
+
 Saved for backward are the input, s x A^T and references to the parameters, which FSDP frees and refills; the
 dequantised W is made again in backward and never outlives the operation.
 """
@@ -19,7 +21,7 @@ from torch import Tensor, nn
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import Layout
 
-ADAPTER_PARTS = ("lora_A", "lora_B")
+ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 """Names of the parameters that are trained, where they exist."""
 
 
@@ -123,11 +125,31 @@ class LoRALinearFunction(torch.autograd.Function):
         return dx, du, None, None, dA_RI, dB_OR, None, None, None
 
 
+@torch.no_grad()
+def row_norms(
+    packed: Tensor, lora_A: Tensor, lora_B: Tensor, layout: Layout, scaling: float, dtype: torch.dtype
+) -> Tensor:
+    """Return the lengths of the rows of W + s B A, fp32 [out], without making B A.
+
+    |w + s A^T b|^2 = |w|^2 + 2 s b . (A w) + s^2 b . (A A^T) b for a row w of W and the same row b of B.
+
+    Args:
+        dtype: in which W is dequantised, as in the product it is for.
+    """
+    weight = dequantize(packed, layout, dtype, "norms")
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=torch.float32).square()
+    cross_OR = (weight @ lora_A.to(dtype).t()).float()
+    squares += ((2 * scaling * cross_OR + scaling**2 * (lora_B @ (lora_A @ lora_A.t()))) * lora_B).sum(1)
+    # a row of zeros has no direction: its output stays 0 instead of becoming NaN
+    norms: Tensor = squares.clamp_(min=torch.finfo(torch.float32).tiny).sqrt()
+    return norms
+
+
 class LoRALinear(nn.Module):
     """Frozen 4-bit linear layer with an optional LoRA branch.
 
     Parameters: `packed` (flat 4-bit parameter, frozen), `bias` (frozen, optional), `lora_A` [r, in] and `lora_B` [out, r]
-    in float32 (trained; absent with rank 0).
+    in float32 (trained; absent with rank 0), `lora_magnitude_vector` [out] in float32 (trained; with DoRA only).
 
     Args:
         name: name of the layer in the model it replaces, such as model.layers.0.self_attn.q_proj.
@@ -137,6 +159,7 @@ class LoRALinear(nn.Module):
         rank: LoRA rank r; 0 for no LoRA branch.
         scaling: factor s of the LoRA branch.
         dropout: probability with which elements of the LoRA branch's input are zeroed in training.
+        use_dora: train the lengths of the rows of W + s B A apart from their directions.
 
     Attributes:
         skip_product: return an unset output, for a second run of which only the gradients are wanted.
@@ -146,6 +169,7 @@ class LoRALinear(nn.Module):
     bias: nn.Parameter | None
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
 
     def __init__(
         self,
@@ -157,6 +181,7 @@ class LoRALinear(nn.Module):
         rank: int = 0,
         scaling: float = 1.0,
         dropout: float = 0.0,
+        use_dora: bool = False,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
@@ -166,10 +191,13 @@ class LoRALinear(nn.Module):
         self.packed = nn.Parameter(packed, requires_grad=False)
         empty_bias = torch.empty(layout.out_features, dtype=dtype, device=device) if bias else None
         self.bias = nn.Parameter(empty_bias, requires_grad=False) if empty_bias is not None else None
-        self.lora_A = self.lora_B = None
+        self.lora_A = self.lora_B = self.lora_magnitude_vector = None
         if rank > 0:
             self.lora_A = nn.Parameter(torch.empty(rank, layout.in_features, dtype=torch.float32, device=device))
             self.lora_B = nn.Parameter(torch.empty(layout.out_features, rank, dtype=torch.float32, device=device))
+            if use_dora:
+                magnitudes = torch.empty(layout.out_features, dtype=torch.float32, device=device)
+                self.lora_magnitude_vector = nn.Parameter(magnitudes)
         self.dropout = dropout
         self.skip_product = False
 
@@ -182,17 +210,49 @@ class LoRALinear(nn.Module):
 
     def adapter_shape(self, name: str) -> tuple[int, ...]:
         """Return the whole shape of one of them, of which FSDP may hold a part."""
-        return {"lora_A": (self.rank, self.in_features), "lora_B": (self.out_features, self.rank)}[name]
+        shapes: dict[str, tuple[int, ...]] = {
+            "lora_A": (self.rank, self.in_features),
+            "lora_B": (self.out_features, self.rank),
+            "lora_magnitude_vector": (self.out_features,),
+        }
+        return shapes[name]
+
+    def row_norms(self, dtype: torch.dtype) -> Tensor:
+        """Return the lengths of the rows of W + s B A, fp32 [out]; the parameters must be whole."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return row_norms(self.packed, self.lora_A, self.lora_B, self.layout, self.scaling, dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] in the dtype of x."""
         x_lora = None
         if self.dropout > 0 and self.training and self.lora_A is not None:
             x_lora = F.dropout(x, self.dropout)
+        if self.lora_magnitude_vector is not None:
+            return self._decomposed(x, x_lora, self.lora_magnitude_vector)
         y: Tensor = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
             x, x_lora, self.packed, self.bias, self.lora_A, self.lora_B, self.layout, self.scaling, self.skip_product
         )
         return y
+
+    def _decomposed(self, x: Tensor, x_lora: Tensor | None, magnitudes: Tensor) -> Tensor:
+        """Return DoRA's output: that of LoRA without bias, times the wanted lengths of the rows by the present ones.
+
+        PEFT's dropout (x_lora given) is on the input of all that DoRA adds to x W^T, which makes
+        (x - x_lora) W^T + m / |.| * (x_lora W^T + s (x_lora A^T) B^T) + b.
+
+        Source: arXiv 2402.09353, section 4.3, where the lengths are constants for the gradient.
+        """
+        apply = LoRALinearFunction.apply
+        branch = x if x_lora is None else x_lora
+        y: Tensor = apply(  # type: ignore[no-untyped-call]
+            branch, None, self.packed, None, self.lora_A, self.lora_B, self.layout, self.scaling, False
+        )
+        y = (y * (magnitudes / self.row_norms(x.dtype))).to(x.dtype)
+        if x_lora is not None:
+            rest: Tensor = apply(x - x_lora, None, self.packed, self.bias, None, None, self.layout, self.scaling, False)  # type: ignore[no-untyped-call]
+            return y + rest
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}, {self.layout.quant_type}, rank {self.rank}"

@@ -26,6 +26,7 @@ class LoraSettings:
             expression for the whole names (model.layers.0.self_attn.q_proj).
         init: initial values of lora_A, see `initial_lora_A` in linear.py.
         use_rslora: scale by alpha / sqrt(rank) instead of alpha / rank.
+        use_dora: also train the lengths of the rows of the matrices, see linear.py.
         layers: the decoder blocks that get LoRA, counted from 0; None for all.
         rank_pattern, alpha_pattern: pairs of a pattern and a value; the first pattern that matches a layer's name, or the
             end of it behind a dot, decides.
@@ -37,6 +38,7 @@ class LoraSettings:
     target_modules: str = ALL_LINEAR
     init: str = "default"
     use_rslora: bool = False
+    use_dora: bool = False
     layers: tuple[int, ...] | None = None
     rank_pattern: tuple[tuple[str, float], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()

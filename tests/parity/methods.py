@@ -32,6 +32,10 @@ METHODS = {
     "rsLoRA, rank and alpha by layer": LoraSettings(
         8, 16.0, use_rslora=True, rank_pattern=(("o_proj", 16),), alpha_pattern=(("o_proj", 24.0),)
     ),
+    "DoRA": LoraSettings(8, 16.0, use_dora=True),
+    "DoRA, rsLoRA, some targets": LoraSettings(
+        8, 16.0, target_modules="q_proj,up_proj,down_proj", use_rslora=True, use_dora=True
+    ),
 }
 
 

@@ -107,11 +107,13 @@ def peft_config(lora: LoraSettings) -> LoraConfig:
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
         target_modules=lora.target_modules if whole else lora.target_modules.split(","),
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         rank_pattern={pattern: int(rank) for pattern, rank in lora.rank_pattern},
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
         task_type="CAUSAL_LM",
     )
 

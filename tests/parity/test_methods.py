@@ -5,10 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
+from peft import get_peft_model
 
+from fsdp_qlora.build import build_model
 from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
 from tests.parity import reference
 from tests.parity.methods import METHODS, TOKENS, measure
+from tests.parity.reference import NF4
 from tests.tiny import COMMON, save_tiny
 
 
@@ -25,6 +30,29 @@ def test_method_is_pefts(method: str, base: Path, ranks: Ranks, tmp_path: Path) 
     assert found.exported < 1e-5
     assert found.imported < 1e-5
     assert found.update > 1e-2
+
+
+def test_dora_begins_with_pefts_magnitudes(base: Path, ranks: Ranks) -> None:
+    lora = METHODS["DoRA"]
+    ours = build_model(base, ranks, NF4, lora, torch.float32)
+    peft = get_peft_model(reference.load_base(base, NF4, torch.float32), reference.peft_config(lora))
+    named = dict(peft.named_parameters())
+    for linear in lora_linears(ours.root):
+        expected = named[reference.peft_name(linear.name, "lora_magnitude_vector")]
+        torch.testing.assert_close(reference.local(linear.lora_magnitude_vector), expected.data, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("use_dora", [False, True])
+def test_dropout_is_pefts(base: Path, ranks: Ranks, use_dora: bool) -> None:
+    lora = LoraSettings(8, 16.0, dropout=0.3, use_dora=use_dora)
+    pair = reference.load_pair(base, ranks, lora=lora)
+    ids = reference.random_ids(1, TOKENS, COMMON["vocab_size"])
+    torch.manual_seed(0)
+    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    torch.manual_seed(0)
+    expected = reference.reference_gradients(pair.peft, ids)
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert reference.max_gradient_difference(found, expected) < 1e-4
 
 
 def test_loraplus_steps_follow_peft(base: Path, ranks: Ranks) -> None:

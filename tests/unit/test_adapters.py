@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import bitsandbytes.functional as bnb
 import numpy as np
 import pytest
 import torch
@@ -107,6 +109,22 @@ def test_initial_values_do_not_depend_on_the_ranks(base: Path) -> None:
     assert len(set(matrices)) == len(matrices), "every layer has values of its own"
 
 
+def initial_dora_on_rank(base: Path) -> dict[str, np.ndarray]:
+    with process_group("full", timeout_s=60, device="cpu") as ranks:
+        root = build(base, ranks, dataclasses.replace(LORA, use_dora=True)).root
+        return {name: value.numpy() for name, value in gather_adapter(root, ranks).items()}
+
+
+def test_initial_magnitudes_are_row_lengths_whatever_the_ranks(base: Path) -> None:
+    one, three = (run_ranks(initial_dora_on_rank, world_size, base)[0] for world_size in (1, 3))
+    assert all((three[name] == value).all() for name, value in one.items())
+    name = "model.layers.1.mlp.down_proj"
+    weight = load_file(base / "model.safetensors")[f"{name}.weight"]
+    dequantised = bnb.dequantize_4bit(*bnb.quantize_4bit(weight, quant_type="nf4", compress_statistics=True))
+    found = torch.from_numpy(one[f"{PREFIX}{name}.lora_magnitude_vector"])
+    torch.testing.assert_close(found, dequantised.norm(dim=1))
+
+
 def test_config_is_pefts(saved: Path) -> None:
     config = json.loads((saved / CONFIG_FILE).read_text())
     assert config["peft_type"] == "LORA"
@@ -184,7 +202,6 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     ),
     "rank is a word": (change_config(r="many"), "is unreadable"),
     "another kind": (change_config(peft_type="IA3"), "only LoRA adapters .* are read; this one uses IA3"),
-    "DoRA": (change_config(use_dora=True), r"uses \['use_dora'\]"),
     "biases": (change_config(lora_bias=True), r"uses \['lora_bias'\]"),
     "whole layers": (change_config(modules_to_save=["lm_head"]), r"uses \['modules_to_save'\]"),
     "rank 0": (change_config(r=0), "only LoRA adapters"),

@@ -153,6 +153,16 @@ def test_rslora_and_patterns_scale_as_in_peft(base: Path, tmp_path: Path) -> Non
         assert torch.allclose(value, expected[name], atol=1e-6), name
 
 
+def test_dora_is_merged_as_by_peft(tmp_path: Path) -> None:
+    base = save_base("qwen2", tmp_path / "base")  # has biases, which DoRA must not scale
+    adapter = save_adapter(base, tmp_path / "adapter", use_dora=True)
+    record = merge(adapter, tmp_path / "out", output="fp32")
+    assert record["logit_errors"]["dequantized (written)"]["largest"] < 1e-4
+    with torch.no_grad():
+        expected = with_adapter(base, adapter)(IDS).logits
+    assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-4
+
+
 def test_4bit_result_is_the_merged_model_quantised(base: Path, adapter: Path, tmp_path: Path) -> None:
     record = merge(adapter, tmp_path / "out", output="4bit")
     merge(adapter, tmp_path / "bf16")
@@ -219,7 +229,7 @@ def test_the_record_of_the_run_says_what_the_base_was(
 
 
 REFUSED: dict[str, tuple[dict[str, Any], type[FsdpQloraError], str]] = {
-    "DoRA": ({"use_dora": True}, CheckpointError, "this one uses .'use_dora'."),
+    "DoRA without its magnitudes": ({"use_dora": True}, CheckpointError, "has no place in this base"),
     "modules": ({"modules_to_save": ["lm_head"]}, CheckpointError, "this one uses .'modules_to_save'."),
     "not LoRA": ({"peft_type": "IA3"}, CheckpointError, "only LoRA adapters with rank and alpha above 0 are read"),
 }

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from fsdp_qlora.quant import linear as linear_module
 from fsdp_qlora.quant.layout import Layout
-from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
+from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear, initial_lora_A
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 
 OUT, IN, RANK, SCALING = 48, 80, 8, 1.5
@@ -30,17 +30,17 @@ def make_layer(
     rank: int = RANK,
     bias: bool = False,
     dropout: float = 0.0,
+    use_dora: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> LoRALinear:
     """Return a layer with random values everywhere, on the CPU."""
     generator = torch.Generator().manual_seed(0)
     layout = Layout(out_features, in_features)
-    layer = LoRALinear(
-        "layer", layout, bias=bias, dtype=dtype, rank=rank, scaling=SCALING, dropout=dropout, device="cpu"
-    )
+    kind: dict[str, Any] = {"rank": rank, "scaling": SCALING, "dropout": dropout, "use_dora": use_dora}
+    layer = LoRALinear("layer", layout, bias=bias, dtype=dtype, **kind, device="cpu")
     weight = torch.randn(out_features, in_features, generator=generator)
     layer.packed.data.copy_(quantize_matrix(weight, layout).view(layout.storage_dtype))
-    for parameter in (layer.bias, layer.lora_A, layer.lora_B):
+    for parameter in (layer.bias, layer.lora_A, layer.lora_B, layer.lora_magnitude_vector):
         if parameter is not None:
             parameter.data.copy_(torch.randn(parameter.shape, generator=generator))
     return layer
@@ -68,7 +68,7 @@ def collect(output: Tensor, inputs: dict[str, Tensor | None]) -> Result:
 
 def run(layer: Callable[[Tensor], Tensor], module: LoRALinear, x: Tensor, seed: int = 3) -> Result:
     torch.manual_seed(seed)
-    return collect(layer(x), {"x": x, "lora_A": module.lora_A, "lora_B": module.lora_B})
+    return collect(layer(x), {"x": x, **{name: getattr(module, name) for name in ADAPTER_PARTS}})
 
 
 def expect(module: LoRALinear, x: Tensor, seed: int = 3) -> Result:
@@ -79,18 +79,23 @@ def expect(module: LoRALinear, x: Tensor, seed: int = 3) -> Result:
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
 
-    x64, bias, lora_A, lora_B = (leaf(t) for t in (x, module.bias, module.lora_A, module.lora_B))
+    x64, bias, lora_A, lora_B, magnitudes = (
+        leaf(t) for t in (x, module.bias, module.lora_A, module.lora_B, module.lora_magnitude_vector)
+    )
     assert x64 is not None
     weight = dequantize_reference(module.packed.data, module.layout, torch.float32).double()
     output = F.linear(x64, weight, bias)
     if lora_A is not None and lora_B is not None:
         output = output + SCALING * (x64 * kept.double()) @ lora_A.t() @ lora_B.t()
-    return collect(output, {"x": x64, "lora_A": lora_A, "lora_B": lora_B})
+        if magnitudes is not None:  # as PEFT writes it: base + (factor - 1) * base of the dropped input + factor * LoRA
+            factors = magnitudes / (weight + SCALING * lora_B @ lora_A).detach().norm(dim=1)
+            output = output + (factors - 1) * ((x64 * kept.double()) @ (weight + SCALING * lora_B @ lora_A).t())
+    return collect(output, {"x": x64, "lora_A": lora_A, "lora_B": lora_B, "lora_magnitude_vector": magnitudes})
 
 
 def assert_equal(found: Result, expected: Result, tolerance: float = 1e-5) -> None:
     pairs = {"output": (found.output, expected.output)}
-    pairs |= {name: (found.grads[name], expected.grads[name]) for name in NAMES}
+    pairs |= {name: (grad, expected.grads[name]) for name, grad in found.grads.items()}
     for name, (a, b) in pairs.items():
         assert (a is None) == (b is None), name
         if a is not None and b is not None:
@@ -112,11 +117,19 @@ CASES: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+DORA: dict[str, dict[str, Any]] = {
+    "dora": {"use_dora": True},
+    "dora_with_bias": {"use_dora": True, "bias": True},
+    "dora_with_bias_and_dropout": {"use_dora": True, "bias": True, "dropout": 0.3},
+    "wide_dora_of_rank_3": {"use_dora": True, "out_features": 112, "rank": 3},
+}
+
+
+@pytest.mark.parametrize("case", [*CASES, *DORA])
 @pytest.mark.parametrize("needs_grad", [True, False], ids=["input_grad", "no_input_grad"])
 @pytest.mark.parametrize("shape", [(2, 7, IN), (5, IN), (IN,)], ids=str)
 def test_equals_plain_pytorch(case: str, needs_grad: bool, shape: tuple[int, ...]) -> None:
-    layer = make_layer(**CASES[case])
+    layer = make_layer(**(CASES | DORA)[case])
     x = random_input(*shape, requires_grad=needs_grad)
     assert_equal(run(layer, layer, x), expect(layer, x))
 
@@ -205,6 +218,24 @@ def test_skipping_the_product_keeps_the_gradients(monkeypatch: pytest.MonkeyPatc
         assert (a is None and b is None) or (a is not None and b is not None and a.equal(b)), name
 
 
+def test_dora_needs_its_product_for_the_gradient_of_the_lengths() -> None:
+    layer, skipping = make_layer(use_dora=True), make_layer(use_dora=True)
+    skipping.skip_product = True
+    x = random_input(2, 7, IN)
+    expected, x.grad = run(layer, layer, x), None
+    assert_equal(run(skipping, skipping, x), expected)
+
+
+def test_dora_of_a_row_of_zeros_stays_finite() -> None:
+    layer = make_layer(use_dora=True)
+    assert layer.lora_B is not None
+    zeros = quantize_matrix(torch.zeros(OUT, IN), layer.layout)
+    layer.packed.data.copy_(zeros.view(layer.layout.storage_dtype))
+    layer.lora_B.data.zero_()
+    found = run(layer, layer, random_input(2, IN))
+    assert all(grad is None or grad.isfinite().all() for grad in (found.output, *found.grads.values()))
+
+
 BIG_OUT, BIG_IN, TOKENS = 256, 192, 6  # the matrix is far larger than everything that may be kept
 
 
@@ -227,6 +258,13 @@ def test_saves_only_input_and_xA() -> None:
     kept = [tensor for tensor in saved_tensors(layer, x) if tensor.data_ptr() not in own]
     assert sorted(tuple(tensor.shape) for tensor in kept) == [(TOKENS, RANK), (TOKENS, BIG_IN)]
     assert x.data_ptr() in {tensor.data_ptr() for tensor in kept}, "the input is copied"
+
+
+def test_dora_saves_its_output_besides() -> None:
+    layer = make_layer(BIG_OUT, BIG_IN, use_dora=True)
+    sizes = {tensor.shape for tensor in saved_tensors(layer, random_input(TOKENS, BIG_IN)) if tensor.dim() > 1}
+    own = {parameter.shape for parameter in layer.parameters()}
+    assert sizes - own == {(TOKENS, RANK), (TOKENS, BIG_IN), (TOKENS, BIG_OUT)}
 
 
 def test_saves_nothing_but_the_base_without_lora() -> None:
@@ -253,11 +291,12 @@ def test_dequantised_matrix_dies_with_the_forward(monkeypatch: pytest.MonkeyPatc
     assert [matrix() for matrix in alive] == [None, None]
 
 
+@pytest.mark.parametrize("use_dora", [False, True])
 @pytest.mark.parametrize("backend", ["aot_eager", "aot_eager_decomp_partition"])
-def test_compiled_saves_no_matrix_and_computes_the_same(backend: str) -> None:
+def test_compiled_saves_no_matrix_and_computes_the_same(backend: str, use_dora: bool) -> None:
     """The second backend merges equal calls and chooses what to save as inductor does."""
     torch._dynamo.reset()
-    layer = make_layer(BIG_OUT, BIG_IN, bias=True)
+    layer = make_layer(BIG_OUT, BIG_IN, bias=True, use_dora=use_dora)
     # two layers in a row, so that the second one's input gradient is needed whatever the first one's is
     second = make_layer(BIG_IN, BIG_OUT)
     compiled = torch.compile(lambda x: second(F.silu(layer(x))), backend=backend, fullgraph=True)
@@ -266,7 +305,8 @@ def test_compiled_saves_no_matrix_and_computes_the_same(backend: str) -> None:
     assert sizes, "the hooks saw nothing"
     assert max(sizes) < BIG_OUT * BIG_IN
     eager = run(lambda t: second(F.silu(layer(t))), layer, x)
-    x.grad = layer.lora_A.grad = layer.lora_B.grad = None
+    x.grad = None
+    layer.zero_grad()
     assert_equal(run(compiled, layer, x), eager)
 
 
