@@ -28,6 +28,7 @@ ALIASES: dict[str, Alias] = {
     "llama-8b-4bit": Alias("unsloth/Meta-Llama-3.1-8B-Instruct-bnb-4bit", bits=4),
     "llama-70b": Alias("meta-llama/Llama-3.3-70B-Instruct", gated=True),
     "llama-70b-4bit": Alias("unsloth/Llama-3.3-70B-Instruct-bnb-4bit", bits=4),
+    "llama-405b": Alias("meta-llama/Llama-3.1-405B-Instruct", gated=True),
     "mistral-7b": Alias("mistralai/Mistral-7B-Instruct-v0.3"),
     "mistral-7b-4bit": Alias("unsloth/mistral-7b-instruct-v0.3-bnb-4bit", bits=4),
     "qwen2.5-7b": Alias("Qwen/Qwen2.5-7B-Instruct"),

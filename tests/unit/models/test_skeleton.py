@@ -102,3 +102,8 @@ def test_every_supported_family_has_a_tiny_model_for_the_parity_tests() -> None:
     # text parts of image models, which tests/parity/test_peft.py makes itself
     assert set(SUPPORTED) == tiny | {"gemma3", "mistral3"}
     assert all(family_of(name).title for name in SUPPORTED)
+
+
+def test_the_shape_of_the_405b_plan_is_that_of_the_model() -> None:
+    folder = Path(__file__).resolve().parents[3] / "docs" / "shapes" / "llama-405b"
+    assert build_skeleton(folder, torch.bfloat16).model.num_parameters() == 405_853_388_800
