@@ -213,7 +213,7 @@ def _measure(merge: Merge, output: Path, prompts: tuple[Tensor, Tensor]) -> dict
     source, weights, device = merge.source, merge.weights, merge.weights.device
     cast = torch.float32 if merge.in_4bit else merge.dtype
     results: dict[str, LogitError] = {}
-    with open_source(output) as written:
+    with open_source(output, source.skeleton) as written:
 
         def compute(variant: Variant) -> tuple[Tensor, Tensor]:
             _say(f"computing {variant.title}")
@@ -234,6 +234,11 @@ def _measure(merge: Merge, output: Path, prompts: tuple[Tensor, Tensor]) -> dict
     count = int(prompts[1].sum())
     _say(f"logits of {count} tokens against base + adapter, float32 arithmetic, by what the adapter was added to:")
     print("\n".join(table(list(results.items()))), flush=True)
+    if results[variants[0].title].divergence > results["no adapter"].divergence / 2:
+        _say(
+            "warning: the result is hardly nearer to base + adapter than the base alone: what the adapter learned is lost in"
+            " rounding or in the other base's values; use --output bf16 or fp32 with --merge_base dequantized"
+        )
     return {title: asdict(error) for title, error in results.items()}
 
 

@@ -82,7 +82,7 @@ def body(repo: str, base: str, is_adapter: bool, record: Mapping[str, Any]) -> s
     shown = hub_id(base) or base
     kind = f"A LoRA adapter for `{shown}`" if is_adapter else f"`{shown}` with a LoRA adapter merged into it"
     parts = [f"# {repo.split('/')[-1]}", f"{kind}, trained with fsdp_qlora {_version(record)}.", "## Use"]
-    parts.append(_usage(repo, shown, is_adapter))
+    parts.append(_usage(repo, shown, is_adapter, record.get("base", {})))
     if "result" in record:
         parts += ["## Results", _table(("", "value"), _results(record["result"]))]
     if "merge" in record:
@@ -99,14 +99,28 @@ def _version(record: Mapping[str, Any]) -> str:
     return str(record.get("versions", {}).get("fsdp_qlora", "")).strip() or "(version unknown)"
 
 
-def _usage(repo: str, base: str, is_adapter: bool) -> str:
-    lines = ["```python", "from transformers import AutoModelForCausalLM, AutoTokenizer"]
+def _usage(repo: str, base: str, is_adapter: bool, form: Mapping[str, Any]) -> str:
+    """Return code that loads the model; an adapter's base in the form that it had in training."""
+    names = ["AutoModelForCausalLM", "AutoTokenizer"]
+    lines = [f'model = AutoModelForCausalLM.from_pretrained("{repo}")']
     if is_adapter:
-        lines += ["from peft import PeftModel", "", f'base = AutoModelForCausalLM.from_pretrained("{base}")']
-        lines += [f'model = PeftModel.from_pretrained(base, "{repo}")']
-    else:
-        lines += ["", f'model = AutoModelForCausalLM.from_pretrained("{repo}")']
-    return "\n".join([*lines, f'tokenizer = AutoTokenizer.from_pretrained("{repo}")', "```"])
+        lines = [
+            f'base = AutoModelForCausalLM.from_pretrained("{base}")',
+            f'model = PeftModel.from_pretrained(base, "{repo}")',
+        ]
+        if "quant_type" in form:
+            names.append("BitsAndBytesConfig")
+            lines[:1] = [
+                "form = BitsAndBytesConfig(",
+                f'    load_in_4bit=True, bnb_4bit_quant_type="{form["quant_type"]}",'
+                f" bnb_4bit_use_double_quant={form['double_quant']}",
+                ")",
+                f'base = AutoModelForCausalLM.from_pretrained("{base}", quantization_config=form)',
+            ]
+    imports = ["from peft import PeftModel"] if is_adapter else []
+    imports.append(f"from transformers import {', '.join(names)}")
+    lines.append(f'tokenizer = AutoTokenizer.from_pretrained("{repo}")')
+    return "\n".join(["```python", *imports, "", *lines, "```"])
 
 
 def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:

@@ -96,13 +96,16 @@ class Source:
 
 
 @contextmanager
-def open_source(folder: Path) -> Iterator[Source]:
+def open_source(folder: Path, skeleton: Skeleton | None = None) -> Iterator[Source]:
     """Open a checkpoint of a supported family whose tensors are those of the model.
+
+    Args:
+        skeleton: the model without weights, if another checkpoint of it is open already.
 
     Raises:
         ModelError, WeightsError: as build_model.
     """
-    skeleton = build_skeleton(folder, torch.float32, "eager")
+    skeleton = skeleton or build_skeleton(folder, torch.float32, "eager")
     tensors = read_index(folder)
     named = model_names(tensors, skeleton.family)
     expected = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())

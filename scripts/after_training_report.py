@@ -61,7 +61,9 @@ SECTIONS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
         "One checkpoint that stands on its own, written matrix by matrix. The table says how far its logits are from those"
         " of base + adapter, on the files as written; the second row is what the other `--merge_base` would have given. The"
         " adapter was trained beside the 4-bit base, so the dequantised weights are what it fits; the rounding of the result"
-        " to bf16 is the rest of the first row (`--output fp32` leaves it out).",
+        " to bf16 is the rest of the first row (`--output fp32` leaves it out). Quantising the result again can undo the"
+        " merge: an update smaller than half a step between 4-bit values is rounded away, as here after three"
+        " steps; `merge` warns.",
         (
             f"{MERGE} --output_dir models/merged",
             f"{MERGE} --output_dir models/merged-fp32 --output fp32",
@@ -112,6 +114,7 @@ def run(command: str, folder: Path) -> str:
 
 def main() -> None:
     parts = ["# After training", f"Written by `python {Path(__file__).relative_to(ROOT)}`: CPU, float32, SmolLM2-135M."]
+    parts.append("The times are those of a machine that was busy with other work.")
     with tempfile.TemporaryDirectory() as folder:
         for title, text, commands in SECTIONS:
             parts += [f"## {title}", text]

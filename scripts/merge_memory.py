@@ -1,6 +1,6 @@
 """Quantise and merge a model that is larger than the memory the process may have.
 
-    python scripts/merge_memory.py --folder /tmp/merge-memory [--num_blocks 6] [--limit_gib 2.5]
+    python scripts/merge_memory.py --folder /tmp/merge-memory [--num_blocks 3] [--limit_gib 2.5]
 
 Makes a checkpoint of random bf16 weights of the Llama-8B shape and a LoRA adapter for it, then runs `quantize` and `merge`,
 each in a process that may hold `limit_gib` of data (RLIMIT_DATA: all of its memory but program files; page cache is the
@@ -95,7 +95,7 @@ def run_limited(arguments: list[str], limit_bytes: int) -> None:
     )
 
 
-def run(folder: str, num_blocks: int = 6, limit_gib: float = 2.5) -> None:
+def run(folder: str, num_blocks: int = 3, limit_gib: float = 2.5) -> None:
     """Make the model, then quantise and merge it under the limit."""
     base, adapter = make(Path(folder), num_blocks)
     size = sum(path.stat().st_size for path in base.glob("*.safetensors"))

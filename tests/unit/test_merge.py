@@ -181,6 +181,20 @@ def test_4bit_result_is_the_merged_model_quantised(base: Path, adapter: Path, tm
     assert 0 < record["logit_errors"]["dequantized (written)"]["mean"] < record["logit_errors"]["no adapter"]["mean"]
 
 
+def test_an_adapter_lost_in_rounding_is_warned_of(
+    base: Path, adapter: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    weak = tmp_path / "weak"
+    weak.mkdir()
+    (weak / CONFIG_FILE).write_bytes((adapter / CONFIG_FILE).read_bytes())
+    save_file({name: value * 0.05 for name, value in load_file(adapter / WEIGHTS_FILE).items()}, weak / WEIGHTS_FILE)
+    warning = "hardly nearer to base + adapter than the base alone"
+    merge(weak, tmp_path / "fp32", output="fp32")
+    assert warning not in capsys.readouterr().out
+    merge(weak, tmp_path / "4bit", output="4bit")
+    assert warning in capsys.readouterr().out
+
+
 def test_quantised_base(base: Path, adapter: Path, tmp_path: Path) -> None:
     quantize(QuantizeConfig(str(base), str(tmp_path / "base4"), quant_type="fp4", double_quant=False, device="cpu"))
     model = {"model": str(tmp_path / "base4")}

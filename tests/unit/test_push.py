@@ -124,6 +124,7 @@ def test_adapter_arrives_with_its_card(tmp_path: Path, hub: Hub) -> None:
         "63d6a0d9bf481e58",
         "torchrun --nproc_per_node 2 train.py --dataset chats.jsonl --output_dir=x",
         f'PeftModel.from_pretrained(base, "{REPO}")',
+        'bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True',
         "| torch | 2.13.0 |",
     ):
         assert expected in text
@@ -144,6 +145,7 @@ def test_merged_model_arrives_in_a_private_repository(tmp_path: Path, hub: Hub) 
     }
     data, text = card_of(files)
     assert (data["base_model_relation"], data["library_name"]) == ("finetune", "transformers")
+    assert 'model = AutoModelForCausalLM.from_pretrained("someone/merged")' in text
     assert "| dequantized (written) | 1.23e-03 | 2.00e-06 | 99.5% |" in text
     assert b"/home/jane" not in b"".join(files.values())
     # again: what is there is replaced; but a public repository is not taken for a private one
@@ -209,6 +211,7 @@ def test_adapter_without_a_record(tmp_path: Path) -> None:
     data, text = card_of(collect(folder / "adapter", REPO).files)
     assert data["base_model"] == "Qwen/Qwen3-8B"
     assert "## Training" not in text
+    assert 'base = AutoModelForCausalLM.from_pretrained("Qwen/Qwen3-8B")' in text
 
 
 def test_hub_datasets_are_named(tmp_path: Path) -> None:
