@@ -119,3 +119,24 @@ def test_the_other_rank_ends_in_time_and_says_why(
     assert ranks[0].returncode == 1
     assert seconds < LIMIT_S + 20
     assert reason in said, said[-2000:]
+
+
+def test_a_signal_to_one_of_two_ranks_saves_and_ends_both(inputs: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**inputs, "output_dir": run, "context_length": 256, "eval_split": 0, "max_steps": 5000, "save_steps": 0}
+    settings |= {"cpu_offload": "all", "timeout_s": LIMIT_S, "lora_rank": 8}
+    port = free_port()
+    ranks = [start(rank, 2, port, settings) for rank in range(2)]
+    try:
+        wait_until(lambda: len(logged(run)) > 2, ranks[0])
+        ranks[1].send_signal(signal.SIGUSR1)
+        sent_at = time.monotonic()
+        said = [process.communicate(timeout=LIMIT_S)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    print(f"ended after {time.monotonic() - sent_at:.1f} s")
+    assert [process.returncode for process in ranks] == [0, 0], said
+    record = json.loads((run / "exit.json").read_text())
+    assert record["status"] == "preempted"
+    assert record["step"] == record["saved_step"] == newest(run) == max(losses(run)), "no step is lost"
