@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from fsdp_qlora.memory import host_buffer
 from fsdp_qlora.quant.linear import LoRALinear
-from fsdp_qlora.streaming import WeightStream
 
 
 class HiddenStore:
@@ -96,7 +95,6 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         assert block.store is not None
-        block.arrive(backward=True)
         hidden = block.store.get(block.index).requires_grad_(ctx.needs_input_grad[2])
         devices = [hidden.device] if hidden.is_cuda else []
         with torch.random.fork_rng(devices, enabled=block.repeat_random):
@@ -120,27 +118,19 @@ class Block(nn.Module):
         store: keeps the inputs, shared by all blocks; None to keep all activations instead.
         last: the linear layer whose output only enters the block's sum, so that the second run can do without it; or None.
         repeat_random: repeat the same random numbers in the second run (needed with dropout).
-        weights: brings the block's weights from CPU memory, where FSDP does not; or None.
     """
 
     def __init__(
-        self,
-        block: nn.Module,
-        index: int,
-        store: HiddenStore | None,
-        last: LoRALinear | None,
-        repeat_random: bool,
-        weights: WeightStream | None = None,
+        self, block: nn.Module, index: int, store: HiddenStore | None, last: LoRALinear | None, repeat_random: bool
     ) -> None:
         super().__init__()
         self.block, self.index, self.store = block, index, store
-        self.repeat_random, self.weights = repeat_random, weights
+        self.repeat_random = repeat_random
         self._trains = any(parameter.requires_grad for parameter in block.parameters())
         self._last = [last] if last is not None else []  # in a list: it is the block's submodule already
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden states [batch, tokens, hidden] to the block's output of the same shape."""
-        self.arrive(backward=False)
         needed = torch.is_grad_enabled() and (hidden.requires_grad or self._trains)
         if self.store is None or not needed:
             output: Tensor = self.block(hidden, **kwargs)
@@ -149,11 +139,6 @@ class Block(nn.Module):
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
         output = _Recompute.apply(self, kwargs, hidden, anchor)  # type: ignore[no-untyped-call]
         return output
-
-    def arrive(self, backward: bool) -> None:
-        """Have the block's weights on the device; nothing to do where FSDP brings them."""
-        if self.weights is not None:
-            self.weights.arrive(self.index, backward)
 
     @contextmanager
     def without_last_product(self) -> Iterator[None]:

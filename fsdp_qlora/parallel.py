@@ -21,7 +21,6 @@ from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
 from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear
-from fsdp_qlora.streaming import WeightStream
 
 
 class LossModel(nn.Module):
@@ -168,19 +167,13 @@ def parallelize(
     blocks = skeleton.blocks
     store = HiddenStore(memory.offload_activations)
     repeat_random = lora is not None and lora.dropout > 0
-    offload = spread(memory.offload_blocks, len(blocks))
-    streamed: dict[int, list[tuple[nn.Module, str]]] = {}
-    weights = WeightStream(streamed, ranks.device)
     for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
         block = blocks[index]
         last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear else None
         assert last is None or isinstance(last, LoRALinear)
         if compiled:
             block.compile()
-        if ranks.num_shards == 1 and checkpointed and offload[index]:
-            streamed[index] = [(linear, "packed") for linear in lora_linears(block)]
-        arriving = weights if index in streamed else None
-        blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random, arriving)
+        blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random)
     root = LossModel(skeleton)
     offloaded = _fully_shard(root, blocks, ranks, memory)
     if memory.offload_vocabulary:
@@ -213,15 +206,11 @@ def _fully_shard(
     vocabularies = [module for module in root.modules() if isinstance(module, ShardedVocabulary)]
     offloaded: set[tuple[nn.Module, str]] = set()
     for block, offload in zip(blocks, spread(memory.offload_blocks, len(blocks)), strict=True):
-        assert isinstance(block, Block)
         _refuse_corrupting_storage(block)
-        packed = {(linear, "packed") for linear in lora_linears(block)}
-        # Unsharded weights that stay on the device, or that a WeightStream brings, would only be copied by FSDP.
-        plain = ranks.num_shards == 1 and (not offload or block.weights is not None)
-        fully_shard(block, mesh=ranks.mesh, ignored_params={linear.packed for linear, _ in packed} if plain else None)
+        fully_shard(block, mesh=ranks.mesh)
         if offload:
             names = ("packed", *ADAPTER_PARTS) if memory.offload_lora else ("packed",)
-            offloaded |= packed | _offload(block, names, ranks)
+            offloaded |= _offload(block, names, ranks)
     fully_shard(root, mesh=ranks.mesh, ignored_params={vocabulary.weight for vocabulary in vocabularies})
     register_fsdp_forward_method(root, "next_tokens")
     for module in root.modules():

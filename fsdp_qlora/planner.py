@@ -76,9 +76,6 @@ SCORE_BYTES = 4, 3
 GATHER_BUFFERS = 2
 """Block-sized buffers of FSDP's gather stream (current and prefetched block), never free for other tensors."""
 
-STREAM_BUFFERS = 2
-"""Buffers of streaming.WeightStream, each for the 4-bit weights of a block."""
-
 UNSHARDED_GRADIENTS = 2
 """Copies of one block's LoRA gradients: as computed, and as reduce-scatter's input."""
 
@@ -317,8 +314,6 @@ def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
     }
     if shape.num_shards > 1:
         resting["gathered blocks"] = GATHER_BUFFERS * shape.gathered
-    elif _offloads_blocks(shape, memory, checkpointed=True):
-        resting["streamed blocks"] = STREAM_BUFFERS * max(block.packed for block in shape.blocks)
     return resting, lora
 
 
@@ -351,20 +346,12 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
 
 
 def _running(shape: ModelShape, memory: MemorySettings) -> float:
-    """Return the bytes of the parameters of the block that runs, beside the buffers of the gathers or the stream."""
-    if shape.num_shards == 1 and not _offloads_blocks(shape, memory, checkpointed=False):
-        return max(block.frozen + block.lora for block in shape.blocks)  # FSDP does not copy the 4-bit weights
+    """Return the bytes of the parameters of the block that runs, beside the gather stream's buffers."""
     if not memory.offload_blocks:
         return shape.gathered
     # on its way from the host: one matrix at a time, or with several ranks the whole part of the next block
     arriving = shape.largest_packed if shape.num_shards == 1 else max(block.packed_part for block in shape.blocks)
     return shape.gathered + arriving
-
-
-def _offloads_blocks(shape: ModelShape, memory: MemorySettings, checkpointed: bool) -> bool:
-    """Whether there are offloaded blocks that are, or are not, checkpointed; only the former can be streamed."""
-    away, again = (spread(count, len(shape.blocks)) for count in (memory.offload_blocks, memory.checkpoint_blocks))
-    return any(rests and repeats is checkpointed for rests, repeats in zip(away, again, strict=True))
 
 
 def _saved(shape: ModelShape, run: Run) -> float:

@@ -91,7 +91,7 @@ def _ranks(world_size: int) -> Ranks:
     return Ranks(0, world_size, 0, device, make_mesh(device, world_size, "full"))
 
 
-def _objects_of_rank_0(found: list[object], own: object) -> None:
+def _objects_of_rank_0(found: list[object], own: object, group: object = None) -> None:
     found[:] = [own] * len(found)
 
 

