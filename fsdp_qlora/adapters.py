@@ -62,7 +62,8 @@ def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tenso
     for linear in lora_linears(root):
         for part, parameter in linear.adapter():
             value = full_tensor(parameter, ranks.device)
-            name = f"{PREFIX}{_peft_name(root, linear)}.{part}{'' if part == 'lora_magnitude_vector' else '.weight'}"
+            suffix = "" if part == "lora_magnitude_vector" else ".weight"
+            name = f"{PREFIX}{peft_layer(root.adapter_prefix, linear.name)}.{part}{suffix}"
             shape = linear.adapter_shape(part)
             if value.shape != shape or not bool(value.isfinite().all()):
                 raise CheckpointError(
@@ -71,16 +72,33 @@ def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tenso
             yield name, value.contiguous()
 
 
-def _peft_name(root: LossModel, linear: LoRALinear) -> str:
-    """Return the name of a layer in the model that PEFT applies an adapter to."""
-    return root.adapter_prefix + linear.name.removeprefix("model.")
+def peft_layer(prefix: str, layer: str) -> str:
+    """Return the name of a layer in the model that PEFT applies an adapter to.
+
+    Args:
+        prefix: the family's `adapter_prefix`.
+    """
+    return prefix + layer.removeprefix("model.")
 
 
 def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict[str, Any]:
-    """Return PEFT's LoraConfig for the adapter as a dict."""
-    adapted = {_peft_name(root, linear): linear for linear in lora_linears(root) if linear.lora_A is not None}
-    ranks = {name: linear.adapter_shape("lora_A")[0] for name, linear in adapted.items()}
-    alphas = {name: lora.alpha_of(linear.name) for name, linear in adapted.items()}
+    """Return PEFT's LoraConfig for the adapter of a model as a dict."""
+    linears = list(lora_linears(root))
+    adapted = {linear.name for linear in linears if linear.lora_A is not None}
+    return layer_config(lora, base_model, root.adapter_prefix, adapted, [linear.name for linear in linears])
+
+
+def layer_config(
+    lora: LoraSettings, base_model: str, prefix: str, adapted: Collection[str], every: Collection[str]
+) -> dict[str, Any]:
+    """Return PEFT's LoraConfig as a dict.
+
+    Args:
+        prefix: the family's `adapter_prefix`.
+        adapted: names of the layers that have LoRA, out of those of `every` linear layer.
+    """
+    ranks = {peft_layer(prefix, layer): lora.rank_of(layer) for layer in sorted(adapted)}
+    alphas = {peft_layer(prefix, layer): lora.alpha_of(layer) for layer in sorted(adapted)}
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -88,7 +106,7 @@ def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict
         "r": lora.rank,
         "lora_alpha": lora.alpha,
         "lora_dropout": lora.dropout,
-        "target_modules": _target_modules(root, set(adapted)),
+        "target_modules": _target_modules(prefix, adapted, every),
         "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
         "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
         "bias": "none",
@@ -101,14 +119,13 @@ def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict
     }
 
 
-def _target_modules(root: LossModel, adapted: set[str]) -> list[str] | str:
+def _target_modules(prefix: str, adapted: Collection[str], every: Collection[str]) -> list[str] | str:
     """Return what makes PEFT adapt these layers and no others: last parts of names where they tell enough."""
-    every = {_peft_name(root, linear) for linear in lora_linears(root)}
     leaves = sorted({name.rpartition(".")[2] for name in adapted})
-    if adapted != {name for name in every if name.rpartition(".")[2] in leaves}:
-        return sorted(adapted)
-    if root.adapter_prefix != "model.":  # other parts of the model have layers of the same names
-        return rf"{re.escape(root.adapter_prefix)}layers\..*\.({'|'.join(leaves)})"
+    if set(adapted) != {name for name in every if name.rpartition(".")[2] in leaves}:
+        return sorted(peft_layer(prefix, layer) for layer in adapted)
+    if prefix != "model.":  # other parts of the model have layers of the same names
+        return rf"{re.escape(prefix)}layers\..*\.({'|'.join(leaves)})"
     return leaves
 
 
@@ -181,6 +198,9 @@ class TrainedAdapter:
     base: str
     """Alias, hub id or folder of the base model."""
 
+    named_base: str | None
+    """The one that its config names."""
+
     lora: LoraSettings
     matrices: dict[str, Tensor]
 
@@ -198,11 +218,12 @@ def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:
     folder = find_adapter(folder)
     config = read_adapter_config(folder)
     tensors = _read_tensors(folder)
-    base = base or config.get("base_model_name_or_path")
+    named = config.get("base_model_name_or_path")
+    base = base or named
     if not base:
         raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
     matrices = {matrix_name(name): value for name, value in tensors.items()}
-    return TrainedAdapter(folder, base, _settings_of(config, tensors), matrices)
+    return TrainedAdapter(folder, base, named, _settings_of(config, tensors), matrices)
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -49,6 +49,12 @@ COMMANDS = (
         config.QuantizeConfig,
     ),
     Command(
+        "initialize",
+        "Make an adapter to start from out of the base: PiSSA or LoftQ.",
+        "fsdp_qlora.initialize",
+        config.InitializeConfig,
+    ),
+    Command(
         "report", "Make a page of one or several training runs.", "fsdp_qlora.run_report", config.ReportConfig, "runs"
     ),
     Command("merge", "Add an adapter to its base, matrix by matrix.", "fsdp_qlora.merge", config.MergeConfig),

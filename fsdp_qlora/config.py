@@ -23,7 +23,8 @@ from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
 from fsdp_qlora.command_config import PlanConfig as PlanConfig
 from fsdp_qlora.command_config import ReportConfig as ReportConfig
 from fsdp_qlora.data_config import DataSettings, is_named_datasets
-from fsdp_qlora.lora_config import METHOD_CHECKS, METHOD_RULES, MethodSettings
+from fsdp_qlora.lora_config import METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
+from fsdp_qlora.lora_config import InitializeConfig as InitializeConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")
@@ -360,6 +361,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
         Check(("adapter", "model"), _nothing_to_evaluate),
         Check(("save_answers", "exact_match"), _answers_of_nothing),
     ),
+    InitializeConfig: SHAPE_CHECKS,
     TrainConfig: (
         *METHOD_CHECKS,
         Check(("dataset", "dataset_weights"), _weights_of_datasets),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
 from fsdp_qlora.quant.lora import ALL_LINEAR, LoraSettings, is_names, is_targets, parse_layers, parse_patterns
@@ -11,8 +11,8 @@ from fsdp_qlora.settings import Check, Rule
 
 
 @dataclass(frozen=True)
-class MethodSettings:
-    """What is trained beside the frozen base, and how it begins."""
+class LoraShape:
+    """Which matrices LoRA has, and how they count."""
 
     # --- LoRA ---
     lora_rank: int = 64
@@ -21,22 +21,12 @@ class MethodSettings:
     lora_alpha: float = 16.0
     """LoRA scale: updates are multiplied by lora_alpha / lora_rank."""
 
-    lora_dropout: float = 0.0
-    """Dropout on the input of the LoRA branch; 0 is fastest."""
-
     lora_target_modules: str = ALL_LINEAR
     """'all-linear' (every linear layer of the decoder blocks), comma-separated names such as q_proj,v_proj, or a regular
     expression for whole names such as model.layers.0.self_attn.q_proj."""
 
-    lora_init: Literal["default", "gaussian"] = "default"
-    """Initial values of lora_A: default (Kaiming-uniform, as PEFT's) or gaussian (deviation 1 / rank); lora_B starts at
-    0."""
-
     use_rslora: bool = False
     """Rank-stabilised LoRA: multiply updates by lora_alpha / sqrt(lora_rank)."""
-
-    use_dora: bool = False
-    """DoRA: train the lengths of the rows of each matrix apart from their directions. Slower, and keeps more activations."""
 
     layers_to_transform: str | None = None
     """Decoder blocks that get LoRA, such as 0-15 or 0,4,8-11, counted from 0; default: all."""
@@ -47,11 +37,73 @@ class MethodSettings:
     alpha_pattern: str | None = None
     """Other lora_alpha for some layers, in the same form."""
 
+
+@dataclass(frozen=True)
+class MethodSettings(LoraShape):
+    """What is trained beside the frozen base, and how it begins."""
+
+    # --- LoRA ---
+    lora_dropout: float = 0.0
+    """Dropout on the input of the LoRA branch; 0 is fastest."""
+
+    lora_init: Literal["default", "gaussian"] = "default"
+    """Initial values of lora_A: default (Kaiming-uniform, as PEFT's) or gaussian (deviation 1 / rank); lora_B starts at
+    0. For PiSSA and LoftQ see the command initialize."""
+
+    use_dora: bool = False
+    """DoRA: train the lengths of the rows of each matrix apart from their directions. Slower, and keeps more activations."""
+
     loraplus_lr_ratio: float = 1.0
     """LoRA+: learning rate of lora_B (and DoRA's lengths), as a multiple of --lr; 1: the same for all."""
 
     adapter: str | None = None
     """Start from the matrices of this PEFT adapter or run folder; its own rank, alpha, targets and kind of LoRA count."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class InitializeConfig(LoraShape):
+    """Settings of making the adapter that a training starts from out of the base's matrices."""
+
+    # --- input and output ---
+    model: str
+    """Alias, hub id (owner/name) or local folder with safetensors weights in 16 or 32 bits."""
+
+    output_dir: str
+    """Folder for the new adapter and, with pissa, the base it belongs to; empty or absent."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the main branch."""
+
+    overwrite: bool = False
+    """Replace what is in --output_dir."""
+
+    max_shard_size: str = "5GB"
+    """Size at which a new weight file is begun, in KB, MB or GB."""
+
+    # --- method ---
+    method: Literal["pissa", "loftq"] = "pissa"
+    """pissa: train the largest singular directions, on a base that lacks them; loftq: begin with the best correction of
+    the 4-bit error, on the base as it is (one step of LoftQ)."""
+
+    iterations: int = 16
+    """Iterations of the randomised singular value decomposition; 0: the exact one, which takes minutes for a large
+    matrix."""
+
+    quant_type: Literal["nf4", "fp4"] = "nf4"
+    """4-bit code of the base in training."""
+
+    double_quant: bool = True
+    """Whether training quantises the block scales too."""
+
+    seed: int = 42
+    """Seed of the randomised decomposition."""
+
+    # --- computation ---
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where to compute; auto: on the GPU if there is one."""
+
+    debug: bool = False
+    """Show Python tracebacks of errors."""
 
 
 DECIDED_BY_ADAPTER = (
@@ -71,20 +123,20 @@ METHOD_SETTINGS = (*DECIDED_BY_ADAPTER, "adapter")
 """Settings that decide which matrices there are and what they compute."""
 
 
-def lora_settings(config: MethodSettings) -> LoraSettings:
+def lora_settings(config: LoraShape) -> LoraSettings:
     """Return the settings of new adapters."""
-    return LoraSettings(
+    shape = LoraSettings(
         config.lora_rank,
         config.lora_alpha,
-        config.lora_dropout,
-        config.lora_target_modules,
-        config.lora_init,
-        config.use_rslora,
-        config.use_dora,
-        None if config.layers_to_transform is None else parse_layers(config.layers_to_transform),
-        parse_patterns(config.rank_pattern or ""),
-        parse_patterns(config.alpha_pattern or ""),
+        target_modules=config.lora_target_modules,
+        use_rslora=config.use_rslora,
+        layers=None if config.layers_to_transform is None else parse_layers(config.layers_to_transform),
+        rank_pattern=parse_patterns(config.rank_pattern or ""),
+        alpha_pattern=parse_patterns(config.alpha_pattern or ""),
     )
+    if not isinstance(config, MethodSettings):
+        return shape
+    return replace(shape, dropout=config.lora_dropout, init=config.lora_init, use_dora=config.use_dora)
 
 
 def _parses(parse: Callable[[str], Any]) -> Callable[[str], bool]:
@@ -118,6 +170,7 @@ METHOD_RULES: dict[str, Rule] = {
         lambda value: _parses(parse_patterns)(value) and all(alpha > 0 for _, alpha in parse_patterns(value)),
         "pattern=alpha pairs separated by commas, such as q_proj=8,down_proj=32, with values above 0",
     ),
+    "iterations": Rule(lambda value: value >= 0, "at least 0"),
     "loraplus_lr_ratio": Rule(lambda value: value > 0, "above 0"),
 }
 
@@ -133,7 +186,7 @@ def _adapter_and_its_settings(config: MethodSettings) -> str | None:
     return None
 
 
-def _layers_of_a_regex(config: MethodSettings) -> str | None:
+def _layers_of_a_regex(config: LoraShape) -> str | None:
     if config.layers_to_transform is not None and not is_names(config.lora_target_modules):
         return (
             f"--layers_to_transform={config.layers_to_transform} with the regular expression"
@@ -142,7 +195,6 @@ def _layers_of_a_regex(config: MethodSettings) -> str | None:
     return None
 
 
-METHOD_CHECKS: tuple[Check, ...] = (
-    Check(("adapter", *DECIDED_BY_ADAPTER), _adapter_and_its_settings),
-    Check(("layers_to_transform", "lora_target_modules"), _layers_of_a_regex),
-)
+SHAPE_CHECKS: tuple[Check, ...] = (Check(("layers_to_transform", "lora_target_modules"), _layers_of_a_regex),)
+
+METHOD_CHECKS: tuple[Check, ...] = (Check(("adapter", *DECIDED_BY_ADAPTER), _adapter_and_its_settings), *SHAPE_CHECKS)
