@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import platform
 import shlex
 import subprocess
@@ -45,8 +46,15 @@ def command(config: TrainConfig, ranks: Ranks) -> str:
     defaults = to_dict(TrainConfig())
     changed = {name: value for name, value in to_dict(config).items() if value != defaults[name]}
     flags = [f"--{name} {shlex.quote(show(value))}" for name, value in changed.items()]
-    start = f"torchrun --nproc_per_node {ranks.world_size} train.py" if ranks.world_size > 1 else "python train.py"
-    return " ".join([start, *flags])
+    return " ".join([_launcher(ranks.world_size), *flags])
+
+
+def _launcher(world_size: int) -> str:
+    if world_size == 1:
+        return "python train.py"
+    local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
+    nodes = f"--nnodes {world_size // local_world_size} " if world_size > local_world_size else ""
+    return f"torchrun {nodes}--nproc_per_node {local_world_size} train.py"
 
 
 def describe(config: TrainConfig, ranks: Ranks) -> dict[str, Any]:

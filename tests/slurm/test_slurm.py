@@ -127,7 +127,9 @@ class Job:
 
         self.wait("the queue", is_back, timeout_s)
         note = self.exit_note
-        # SLURM lets requeued jobs wait for two minutes
+        # SLURM lets requeued jobs wait for two minutes, so that the nodes have forgotten the old attempt ("credential
+        # revoked" otherwise); a few seconds are enough
+        time.sleep(5)
         self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
         return note
 

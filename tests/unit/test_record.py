@@ -50,6 +50,12 @@ def test_the_recorded_command_has_the_ranks(ranks: Ranks) -> None:
     assert found == "torchrun --nproc_per_node 2 train.py --seed 1"
 
 
+def test_the_recorded_command_has_the_nodes(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
+    found = command(TrainConfig(), replace(ranks, world_size=32))
+    assert found == "torchrun --nnodes 4 --nproc_per_node 8 train.py"
+
+
 def test_no_secret_of_the_environment_is_recorded(
     ranks: Ranks, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
