@@ -94,10 +94,16 @@ train() {
     answer=0
     requeue_says "${signalled[@]}" end || answer=$?
     if [[ $answer == 75 ]]; then
-        if scontrol requeue "$SLURM_JOB_ID"; then exit 0; fi
-        # preemption and 'scontrol requeue' have put it there themselves
-        if squeue --noheader --format=%T --jobs="$SLURM_JOB_ID" | grep -qx PENDING; then exit 0; fi
-        fail "scontrol could not requeue job $SLURM_JOB_ID; submit it again to go on"
+        # In any other state SLURM itself has ended the job: 'scontrol requeue' has put it back already, and after scancel
+        # it must not come back.
+        local state
+        state=$(squeue --noheader --format=%T --jobs="$SLURM_JOB_ID")
+        if [[ $state != RUNNING ]]; then
+            echo "SLURM has ended the job itself (${state:-gone}); not requeued from here"
+            exit 0
+        fi
+        scontrol requeue "$SLURM_JOB_ID" || fail "scontrol could not requeue job $SLURM_JOB_ID; submit it again to go on"
+        exit 0
     fi
     # torchrun exits with 1 after a signal although all ranks saved; a complete run is a success
     exit "$answer"

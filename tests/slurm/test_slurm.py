@@ -218,6 +218,17 @@ def test_a_job_at_its_time_limit_goes_on_in_another(cluster: Cluster) -> None:
     assert f"starting from step {note['step']}, 0 of 3 attempts without progress" in job.log.read_text()
 
 
+def test_a_cancelled_job_saves_and_does_not_come_back(cluster: Cluster) -> None:
+    job = cluster.submit("one node", "cancelled")
+    job.wait_for_step(10)
+    cluster.call("scancel", job.number)
+    job.wait(
+        "the end", lambda: job.details["JobState"] == "CANCELLED" and "not requeued from here" in job.log.read_text()
+    )
+    assert job.exit_note["step"] == job.exit_note["saved_step"] >= 10
+    assert job.details["Restarts"] == "0"
+
+
 @pytest.mark.parametrize("where", FILES)
 def test_an_error_is_not_requeued(cluster: Cluster, where: str) -> None:
     job = cluster.submit(where, f"broken-{where[:3]}", dataset=cluster.folder / "absent.jsonl")

@@ -54,7 +54,7 @@ exit "${SCONTROL_CODE:-0}"
 
 
 SQUEUE = """#!/usr/bin/env bash
-echo "${STATE:-}"
+echo "${STATE:-RUNNING}"
 """
 
 
@@ -264,14 +264,16 @@ def test_a_scheduler_that_refuses_is_reported(job: Job) -> None:
     assert "submit it again to go on" in out
 
 
-def test_a_job_that_slurm_has_requeued_itself_is_fine(job: Job) -> None:
-    in_queue = {"BEHAVIOUR": "preempted", "SCONTROL_CODE": "1", "STATE": "PENDING"}
-    process = job.start("slurm_single_node.sbatch", "--output_dir", str(job.output_dir), **in_queue)
+@pytest.mark.parametrize("state", ["PENDING", "COMPLETING"])
+def test_a_job_that_slurm_has_ended_itself_is_left_to_it(job: Job, state: str) -> None:
+    arguments = ["slurm_single_node.sbatch", "--output_dir", str(job.output_dir)]
+    process = job.start(*arguments, BEHAVIOUR="preempted", STATE=state)
     while not (job.record / "started").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGUSR1)
     out, _ = process.communicate(timeout=30)
     assert process.returncode == 0, out
+    assert job.called("scontrol") == []
 
 
 def test_submitted_from_elsewhere(job: Job) -> None:
