@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
+import threading
 import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fsdp_qlora.config import TrainConfig
+
+T = TypeVar("T")
+
+TRACKER_LIMIT_S = 60
+"""How long a tracker may hold up training before it is switched off."""
 
 
 class Logger(Protocol):
@@ -141,7 +148,7 @@ class Metrics:
         self._sinks.append(JsonlLogger(Path(config.output_dir) / "metrics.jsonl", resumed))
         for name in config.log_to.split(",") if config.log_to != "none" else []:
             try:
-                self._sinks.append(LOGGERS[name.strip()](config, settings))
+                self._sinks.append(_in_time(functools.partial(LOGGERS[name.strip()], config, settings)))
             except Exception as error:  # a tracker may fail in any way of its own; the run goes on
                 self._warn(name.strip(), error)
         if sys.stderr.isatty():
@@ -201,7 +208,7 @@ class Metrics:
 
     def _safely(self, sink: Logger, action: Any) -> None:
         try:
-            action()
+            _in_time(action)
         except Exception as error:  # see above
             self._warn(type(sink).__name__, error)
             self._sinks.remove(sink)
@@ -215,3 +222,24 @@ class Metrics:
 def memory_gib(device: torch.device) -> float:
     """Return the peak GPU memory reserved by this process in GiB, 0 on the CPU."""
     return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
+
+
+def _in_time(action: Callable[[], T]) -> T:
+    """Return what an action returns; TimeoutError if it takes longer than a tracker may: some wait for a network forever."""
+    found: list[T] = []
+    failed: list[Exception] = []
+
+    def act() -> None:
+        try:
+            found.append(action())
+        except Exception as error:  # raised again below, in the thread that asked
+            failed.append(error)
+
+    thread = threading.Thread(target=act, daemon=True, name="tracker")
+    thread.start()
+    thread.join(TRACKER_LIMIT_S)
+    if failed:
+        raise failed[0]
+    if not found:
+        raise TimeoutError(f"no answer in {TRACKER_LIMIT_S} s")
+    return found[0]

@@ -279,14 +279,28 @@ def main() -> int:
             for row in TRIALS[name](lab):
                 print(f"[{time.monotonic() - started:.0f} s] {' | '.join(row)}", flush=True)
                 rows.append(row)
-    minutes = (time.monotonic() - started) / 60
-    table = ["| id | what is done | found |", "|---|---|---|", *(f"| {' | '.join(row)} |" for row in rows)]
-    made = f"Made by `python -m scripts.reliability_report` in {minutes:.0f} min on {os.cpu_count()} CPU cores"
-    text = "\n".join([*table, "", f"{made}, {time.strftime('%Y-%m-%d')}; {len(lab.failures)} trials went wrong."])
-    print(text)
-    if not chosen:
-        DOCUMENT.write_text(replace_block(DOCUMENT.read_text(), "trials", text))
+    print("\n".join(lines(rows)))
+    DOCUMENT.write_text(updated(DOCUMENT.read_text(), rows))
+    print(
+        f"{len(lab.failures)} trials went wrong, {(time.monotonic() - started) / 60:.0f} min on {os.cpu_count()} CPU cores"
+    )
     return 1 if lab.failures else 0
+
+
+def lines(rows: list[Row]) -> list[str]:
+    """Return rows of the table, dated."""
+    return [f"| {' | '.join(row)} | {time.strftime('%Y-%m-%d')} |" for row in rows]
+
+
+def updated(document: str, rows: list[Row]) -> str:
+    """Return the page with the rows of the same ids replaced by new ones."""
+    block = document.partition("<!-- trials:begin -->")[2].partition("<!-- trials:end -->")[0]
+    new = {row[0] for row in rows}
+    old = [line for line in block.strip().splitlines()[2:] if line.split(" | ")[0].removeprefix("| ") not in new]
+    order = ["R1", "R2", "R3", "D1", "D3", "F1", "F2", "F3", "D2, T1, S2", "-"]
+    found = sorted(old + lines(rows), key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
+    table = ["| id | what is done | found | when |", "|---|---|---|---|", *found]
+    return replace_block(document, "trials", "\n".join(table))
 
 
 if __name__ == "__main__":

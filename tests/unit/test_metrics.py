@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+import threading
 import time
 import types
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 
+from fsdp_qlora import metrics as metrics_module
 from fsdp_qlora.config import TRACKERS, TrainConfig
 from fsdp_qlora.metrics import LOGGERS, Metrics, memory_gib
 
@@ -155,6 +157,20 @@ def test_a_failing_tracker_warns_once_and_the_run_goes_on(
     assert run.logged == {"init": 0, "log": 1, "finish": 3}[failing]
     (warning,) = caught
     assert str(warning.message) == f"{name} failed and is switched off ({message}); training goes on"
+
+
+@pytest.mark.parametrize("hanging", ["init", "log", "finish"])
+def test_a_tracker_that_hangs_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str) -> None:
+    run, _ = install_wandb(monkeypatch, "")
+    over = threading.Event()
+    owner = sys.modules["wandb"] if hanging == "init" else FakeRun
+    monkeypatch.setattr(owner, hanging, lambda *_, **__: over.wait())
+    monkeypatch.setattr(metrics_module, "TRACKER_LIMIT_S", 0.2)
+    with pytest.warns(UserWarning, match=r"failed and is switched off \(TimeoutError: no answer in 0.2 s\)"):
+        log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="wandb"))
+    over.set()
+    assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
+    assert run.logged == (3 if hanging == "finish" else 0)
 
 
 def log_three_steps(config: TrainConfig) -> None:
