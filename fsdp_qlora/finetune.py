@@ -213,7 +213,7 @@ def _load_model(
         seed=config.seed,
         adapter=adapter,
         progress=progress,
-        compiled=config.compile == "auto" and ranks.device.type == "cuda",
+        compiled=_compiles(config, ranks),
     )
     if config.verify_weights:
         verify_weights(built, ranks)
@@ -224,6 +224,10 @@ def _load_model(
         f" {built.report.seconds:.1f} s{checked}",
     )
     return built
+
+
+def _compiles(config: TrainConfig, ranks: Ranks) -> bool:
+    return config.compile == "auto" and ranks.device.type == "cuda"
 
 
 def _quant_settings(config: TrainConfig, ranks: Ranks) -> QuantSettings:
@@ -243,6 +247,7 @@ def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: Lora
             local_ranks=local_ranks,
             accumulates=config.gradient_accumulation_steps > 1,
             has_dropout=config.lora_dropout > 0,
+            compiled=_compiles(config, ranks),
         ),
         config.cpu_offload,
         config.activation_checkpointing,

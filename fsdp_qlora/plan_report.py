@@ -128,7 +128,7 @@ def run(config: PlanConfig) -> None:
     """
     folder = resolve_config(config.model, config.revision)
     shape = _shape(config, folder, config.sharding)
-    batch = Run(config.batch_size, config.context_length, local_ranks=config.gpus)
+    batch = Run(config.batch_size, config.context_length, local_ranks=config.gpus, compiled=True)
     wishes = config.cpu_offload, config.activation_checkpointing, config.activation_offload
     request = Request(batch, *wishes, sharded=config.sharding != "none")
     budget = Budget(int(smallest_gpu(config.gpu_memory)), int(config.cpu_memory * GIB))

@@ -54,6 +54,9 @@ SAVED = Alive(norm=1, hidden=2, query=2, key_value=2, intermediate=4)
 """Kept by autograd in one block: float32 copy before each norm; inputs of q/k/v and gate/up; q and attention output; k
 and v; gate, silu(gate), up and their product."""
 
+SAVED_COMPILED = Alive(hidden=3, query=2, key_value=2, intermediate=3)
+"""The same of a compiled block, which makes float32 copies and one tensor of the MLP again in backward."""
+
 FORWARD = Alive(hidden=2, intermediate=3)
 """Alive in a forward that keeps nothing: residual, norm output; silu(gate), up before and after LoRA is added."""
 
@@ -243,6 +246,7 @@ class Run:
         local_ranks: ranks that share the host's memory.
         accumulates: whether gradients of an earlier micro-batch are there already.
         has_dropout: whether LoRA's inputs go through dropout.
+        compiled: whether the blocks are compiled.
     """
 
     batch_size: int
@@ -251,6 +255,7 @@ class Run:
     local_ranks: int = 1
     accumulates: bool = True
     has_dropout: bool = False
+    compiled: bool = False
 
     @property
     def tokens(self) -> int:
@@ -357,7 +362,7 @@ def _running(shape: ModelShape, memory: MemorySettings) -> float:
 def _saved(shape: ModelShape, run: Run) -> float:
     """Return the bytes that autograd keeps of one block between forward and backward."""
     rank_width, input_width, dora_width = shape.lora_widths
-    per_token = SAVED.bytes_per_token(shape.widths, shape.itemsize)
+    per_token = (SAVED_COMPILED if run.compiled else SAVED).bytes_per_token(shape.widths, shape.itemsize)
     # log-sum-exp of attention; x A^T of every layer; with DoRA its output before it is scaled
     per_token += 4 * shape.num_heads + shape.itemsize * (rank_width + dora_width)
     if run.has_dropout:

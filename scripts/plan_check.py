@@ -136,7 +136,8 @@ def estimated(case: Case, folder: Path) -> tuple[float, float]:
     """Return what the planner expects of the rank: bytes on the GPU, and on the host while nothing is saved."""
     quant = QuantSettings(num_shards=case.world_size)
     shape = model_shape(folder, quant, LoraSettings(case.lora_rank, 16.0), torch.bfloat16)
-    run = Run(case.batch_size, case.context_length, case.memory(len(shape.blocks)), accumulates=False)
+    memory = case.memory(len(shape.blocks))
+    run = Run(case.batch_size, case.context_length, memory, accumulates=False, compiled=case.compiled)
     wanted = estimate(shape, run)
     return wanted.gpu_bytes, wanted.host_bytes - wanted.host.get("checkpoint being saved", 0)
 
