@@ -142,6 +142,7 @@ class Metrics:
     ) -> None:
         self._sinks: list[Logger] = []
         self._progress: Progress | None = None
+        self._save_steps = config.save_steps
         self.enabled = enabled
         if not enabled:
             return
@@ -199,7 +200,10 @@ class Metrics:
         memory = f"  {record['peak_gpu_gib']:.1f} GiB" if record["peak_gpu_gib"] else ""
         rate = f"{record['tokens_per_second']:,.0f} tok/s{memory}"
         if self._progress is not None:
-            self._progress.update(self._task, completed=step, description=f"loss {record['loss']:.4f}  {rate}")
+            every = self._save_steps or num_steps
+            saves = f"saves at {min(num_steps, (step // every + 1) * every)}" if step < num_steps else "saving"
+            description = f"loss {record['loss']:.4f}  {rate}  {saves}"
+            self._progress.update(self._task, completed=step, description=description)
             return
         self.show(
             f"step {step}/{num_steps}  loss {record['loss']:.4f}  grad norm {record['grad_norm']:.2f}"

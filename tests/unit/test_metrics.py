@@ -69,11 +69,24 @@ def test_a_bar_on_a_terminal(
     with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
         metrics.show("an event [1]")
         metrics.progress({**STEP, "peak_gpu_gib": 7.25}, 1, 2, 90.0)
+    assert "loss 1.5000  1,234 tok/s  7.2 GiB  saves at 2" in capsys.readouterr().err
+
+
+def test_a_bar_stays_off_standard_output(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    monkeypatch.setenv("TERM", "xterm-256color")
+    monkeypatch.setenv("COLUMNS", "110")
+    with Metrics(TrainConfig(output_dir=str(tmp_path), save_steps=2), {}, 9, enabled=True) as metrics:
+        metrics.show("an event [1]")
+        for step in (1, 2, 9):
+            metrics.progress(STEP, step, 9, 90.0)
     shown = capsys.readouterr()
     assert shown.out == ""
     assert "an event [1]" in shown.err
-    assert "loss 1.5000  1,234 tok/s  7.2 GiB" in shown.err
-    assert "1/2" in shown.err
+    assert "9/9" in shown.err
+    assert "saving" in shown.err
 
 
 def wait_for(path: Path, expected: tuple[bytes, ...]) -> bytes:
