@@ -17,7 +17,7 @@ from fsdp_qlora.data.loader import LoaderStats, make_loader
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.splits import Splits, load_splits
 from fsdp_qlora.data.store import Mixture, TokenStore
-from fsdp_qlora.data.templates import ChatRenderer, special_tokens
+from fsdp_qlora.data.templates import REASONING_TAG, ChatRenderer, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Example
 from fsdp_qlora.data.tokenize_rows import make_renderer
 from fsdp_qlora.data_config import datasets_of
@@ -82,19 +82,19 @@ def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
 
 
 def histogram(values: Sequence[int]) -> list[Bin]:
-    """Count values of at least 1 in at most MAX_BINS bins of equal, round width, over which 99 % of them spread.
+    """Count values of at least 1 in at most MAX_BINS bins of equal, round width, into which 99 % of them fall.
 
-    The last bin takes all that are larger.
+    What is larger has a bin of its own.
     """
     data = np.asarray(values)
     top = float(np.percentile(data, 99))
     widths = (factor * 10**power for power in range(12) for factor in (1, 2, 5))
     width = next(width for width in widths if width * MAX_BINS >= top)
     num_bins = -(-int(np.ceil(top)) // width)
-    places = np.minimum((data - 1) // width, num_bins - 1)
-    counts = np.bincount(places, minlength=num_bins).tolist()
-    bins = [Bin(i * width + 1, (i + 1) * width, count) for i, count in enumerate(counts)]
-    return [*bins[:-1], Bin(bins[-1].low, max(bins[-1].high, int(data.max())), bins[-1].count)]
+    counts = np.bincount((data - 1) // width, minlength=num_bins)
+    bins = [Bin(i * width + 1, (i + 1) * width, int(counts[i])) for i in range(num_bins)]
+    larger = int(counts[num_bins:].sum())
+    return [*bins, Bin(num_bins * width + 1, int(data.max()), larger)] if larger else bins
 
 
 def choose_samples(stores: Sequence[TokenStore], num_samples: int) -> list[Example]:
@@ -135,7 +135,7 @@ def _row_warnings(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> lis
             if renderer is None and (renderer := make_renderer([row], tokenizer)) is not None:
                 control_tokens = renderer.control_tokens
             num_system += bool(row.messages) and row.messages[0]["role"] == "system"
-            text = row.text + "\n".join(texts_of(list(row.messages)))
+            text = REASONING_TAG.sub("", row.text + "\n".join(texts_of(list(row.messages))))
             inside = [token for token in control_tokens if token in text]
             found.update(inside)
             first = first or (row.where if inside else "")
