@@ -16,7 +16,16 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_0-9-]*[a-z0-9])")
 COMMAND = re.compile(r"(?:^|`)fsdp-qlora ([a-z]+)", re.MULTILINE)
 PATH = re.compile(r"`((?:fsdp_qlora|tests|scripts|docs|launch)/[\w./-]*)`")
 
-OTHER_FLAGS = {"nproc_per_node", "nnodes", "help", "config", "version", "shutdown-timeout", "signals-to-handle"}
+OTHER_FLAGS = {
+    "nproc_per_node",
+    "nnodes",
+    "help",
+    "config",
+    "version",
+    "shutdown-timeout",
+    "signals-to-handle",
+    "no-python",
+}
 """Flags of torchrun and of the command line itself."""
 
 

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.data import formats
+from fsdp_qlora.data.chats import RowError
 from fsdp_qlora.data.formats import COLUMNS, load_rows
 from fsdp_qlora.data.report import DataReport
 from scripts import check_docs
@@ -59,3 +61,14 @@ def test_samples_of_rows_are_read(tmp_path: Path, sample: str) -> None:
     path = tmp_path / "rows.jsonl"
     path.write_text(sample)
     assert len(load_rows(str(path), "auto", DataReport())) == 1
+
+
+def test_the_example_of_a_new_format_works() -> None:
+    page = (check_docs.ROOT / "docs" / "extending.md").read_text(encoding="utf-8")
+    (example,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    names = dict(vars(formats))
+    exec(example, names)
+    content = names["read_question_answer"]({"question": "q", "answer": "a"})
+    assert formats.check_row("file:1", content).messages[-1] == {"role": "assistant", "content": "a"}
+    with pytest.raises(RowError, match="column 'answer' is missing"):
+        names["read_question_answer"]({"question": "q"})
