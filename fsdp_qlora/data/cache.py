@@ -40,12 +40,15 @@ def load_store(dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizer
         with FileLock(root / f"{folder.name}.lock"):
             if not folder.is_dir():
                 _fill(folder, dataset, config, tokenizer)
-        report.add(DataReport.from_dict(read_meta(folder)["report"]))
-        return TokenStore.open(folder)
     except OSError as error:
         raise DataError(
             f"--token_cache={root} cannot be used ({error}); choose another folder, or none to keep tokens in memory"
         ) from error
+    try:
+        report.add(DataReport.from_dict(read_meta(folder)["report"]))
+        return TokenStore.open(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(f"{folder}: damaged tokens ({error}); delete this folder, and they are made again") from error
 
 
 def cache_key(dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizerBase) -> str:

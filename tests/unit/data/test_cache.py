@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -95,6 +96,24 @@ def test_a_bad_row_leaves_nothing_to_be_taken_for_the_dataset(tmp_path: Path) ->
     for _ in range(2):
         with pytest.raises(DataError, match=r"rows\.jsonl:2: invalid JSON"):
             load(config)
+
+
+@pytest.mark.parametrize("name", ["input_ids.bin", "is_target.bin", "starts.npy", "num_targets.npy", "meta.json"])
+def test_files_that_are_cut_short(dataset: str, tmp_path: Path, name: str) -> None:
+    config = settings(dataset, tmp_path)
+    load(config)
+    (path,) = (tmp_path / "cache").glob(f"*/{name}")
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(DataError, match=r"damaged tokens.*delete this folder"):
+        load(config)
+    shutil.rmtree(path.parent)
+    load(config)
+
+
+def test_a_cache_that_cannot_be_written(dataset: str, tmp_path: Path) -> None:
+    (tmp_path / "cache").write_text("a file")
+    with pytest.raises(DataError, match=r"token_cache=.*cannot be used.*none to keep tokens in memory"):
+        load(settings(dataset, tmp_path))
 
 
 def tokenise_together(dataset: str, folder: Path) -> tuple[int, int]:
