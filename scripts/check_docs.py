@@ -12,21 +12,14 @@ from fsdp_qlora.settings import describe
 
 ROOT = Path(__file__).resolve().parents[1]
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
-FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_0-9-]*[a-z0-9])")
+FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_0-9]+)(?![\w-])")
+"""Flags with hyphens are of other programs."""
+
 COMMAND = re.compile(r"(?:^|`)fsdp-qlora ([a-z]+)", re.MULTILINE)
 PATH = re.compile(r"`((?:fsdp_qlora|tests|scripts|docs|launch)/[\w./-]*)`")
 
-OTHER_FLAGS = {
-    "nproc_per_node",
-    "nnodes",
-    "help",
-    "config",
-    "version",
-    "shutdown-timeout",
-    "signals-to-handle",
-    "no-python",
-}
-"""Flags of torchrun and of the command line itself."""
+OTHER_FLAGS = {"nproc_per_node", "nnodes", "help", "config", "version", "outtype", "outfile"}
+"""Flags of torchrun, of llama.cpp and of the command line itself."""
 
 
 def pages(root: Path) -> list[Path]:
