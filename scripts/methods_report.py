@@ -1,0 +1,119 @@
+"""Compare every kind of LoRA with PEFT on a tiny model; print the page and write docs/methods.md.
+
+    python -m scripts.methods_report
+
+Needs the packages of the dev extra; takes about a minute on two CPU cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+
+from fsdp_qlora.distributed import process_group
+from tests.parity.methods import METHODS, TOKENS, Differences, measure
+from tests.tiny import save_tiny
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
+COMMAND = "python -m scripts.methods_report"
+PACKAGES = ("torch", "transformers", "bitsandbytes", "peft")
+
+GUIDE = """\
+# Kinds of LoRA
+
+What can be trained beside the frozen base, what to write, and how it compares with PEFT. All of it is saved as a PEFT
+adapter, goes on from one (`--adapter`), resumes, and is merged by `fsdp-qlora merge`.
+
+| to do | write |
+|---|---|
+| scale by alpha / sqrt(rank) (rsLoRA) | `--use_rslora` |
+| train lengths and directions of the rows apart (DoRA) | `--use_dora` |
+| let lora_B learn faster (LoRA+) | `--loraplus_lr_ratio 16` |
+| adapt some layers only | `--lora_target_modules q_proj,v_proj`, or a regular expression for whole names |
+| adapt some blocks only | `--layers_to_transform 0-15` |
+| give layers other ranks or alphas | `--rank_pattern q_proj=8,down_proj=32`, `--alpha_pattern ...` |
+| go on from an adapter, ours or PEFT's | `--adapter runs/first` (its config decides rank, alpha and targets) |
+| begin with the largest singular directions (PiSSA) | `fsdp-qlora initialize`, see below |
+| begin with a correction of the 4-bit error (LoftQ) | `fsdp-qlora initialize --method loftq`, see below |
+
+A list of names means what PEFT's list means: a name, or the end of one behind a dot. Anything with a character that names
+do not have is a regular expression and must match whole names such as `model.layers.0.self_attn.q_proj`. The first pattern
+of `--rank_pattern` that matches decides. What matches nothing is an error.
+
+## DoRA
+
+The output of a layer is that of LoRA with each element multiplied by m / |w|: m is trained, |w| is the length of the row of
+W + s B A, a constant for the gradient as in PEFT. The length is computed from the dequantised matrix in every forward,
+without making B A, and nothing dequantised is kept. A layer keeps its output for backward besides; the planner counts it.
+Each matrix is dequantised once more in a forward, and the product that plain LoRA leaves out of the second run of a
+checkpointed block is made: the gradient of m needs it.
+
+## PiSSA and LoftQ
+
+```bash
+fsdp-qlora initialize --model llama-8b --lora_rank 64 --output_dir llama-8b-pissa
+torchrun --nproc_per_node 2 train.py --model llama-8b-pissa --adapter llama-8b-pissa --dataset chats.jsonl \\
+    --output_dir runs/pissa
+```
+
+The first command reads the model matrix by matrix and never holds more than a few of them. PiSSA moves the largest singular
+directions of each matrix into the adapter, and the checkpoint it writes holds what is left. **The trained adapter belongs
+to that checkpoint**: load PEFT, vLLM or `fsdp-qlora generate` on it, not on the original model, or merge the two into a
+model that stands alone. `--method loftq` writes an adapter only, which belongs to the model as it is, quantised in the form
+that `--quant_type` and `--double_quant` say (one step of LoftQ, as PEFT's `replace_lora_weights_loftq`; the factors take
+alpha / rank into account, which PEFT's do not: the results are equal where that is 1).
+
+Both use a randomised singular value decomposition of 16 iterations; `--iterations 0` is the exact one. A killed run is
+begun again with `--overwrite`.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measure everything, print the page and write it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("path", nargs="?", type=Path, default=PAGE)
+    arguments = parser.parse_args(argv)
+    rows = []
+    with tempfile.TemporaryDirectory() as folder, process_group("full", timeout_s=600, device="cpu") as ranks:
+        base = save_tiny("llama", Path(folder) / "base")
+        for number, (title, lora) in enumerate(METHODS.items()):
+            rows.append(row(title, measure(base, lora, ranks, Path(folder) / str(number))))
+    text = page(rows)
+    print(text)
+    arguments.path.write_text(text, encoding="utf-8")
+
+
+def row(title: str, found: Differences) -> str:
+    """Return the table's line of one kind of LoRA."""
+    numbers = (found.loss, found.gradients, found.exported, found.imported, found.update)
+    return " | ".join([f"| {title}", *(f"{number:.1e}" for number in numbers)]) + " |"
+
+
+def page(rows: list[str]) -> str:
+    """Return the page."""
+    versions = ", ".join(f"{package} {importlib.metadata.version(package)}" for package in PACKAGES)
+    lines = [
+        GUIDE,
+        "## Compared with PEFT",
+        "",
+        f"Written by `{COMMAND}` (CPU, float32, {versions}):",
+        f"a tiny random Llama in NF4 with double quantisation, one step on 2 x {TOKENS} tokens, the same matrices here and in",
+        "PEFT. Largest difference divided by the largest magnitude: of the loss, of the gradients (the worst matrix is",
+        "shown), of the logits PEFT computes from the adapter saved here, and of those computed here from the adapter PEFT",
+        "saves. The last column is what the adapter itself changes. `tests/parity/test_methods.py` asserts these, LoRA+'s",
+        "steps, dropout and DoRA's initial lengths; `tests/unit/test_initialize.py` compares PiSSA and LoftQ with PEFT's",
+        "functions.",
+        "",
+        "| kind | loss | gradients | exported adapter | imported adapter | (adapter or none) |",
+        "|---|---|---|---|---|---|",
+        *rows,
+        "",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()
