@@ -26,6 +26,9 @@ PROMPTS = (
 VOCABULARY_ROWS = 1 << 14
 """Rows of the head that are multiplied at a time."""
 
+TOKENS = 16
+"""Tokens whose logits are compared at a time."""
+
 
 @dataclass(frozen=True)
 class Variant:
@@ -86,14 +89,13 @@ def logits(
     hidden = torch.cat([half[counts.to(device)] for half in states.split(len(tokens))])
     name = "model.embed_tokens.weight" if skeleton.tied else "lm_head.weight"
     rows, width = variant.reader.entry(name).shape
-    parts = []
+    result = torch.empty(len(hidden), rows)
     for start in range(0, rows, VOCABULARY_ROWS):
         stop = min(start + VOCABULARY_ROWS, rows)
         weight = _rounded(variant, variant.reader.read(name, start * width, stop * width)).view(-1, width)
-        parts.append(F.linear(hidden, weight.to(device)).cpu())
-    result = torch.cat(parts, dim=1) * skeleton.logit_scale
+        result[:, start:stop] = F.linear(hidden, weight.to(device))
     if skeleton.logit_softcap is not None:
-        result = torch.tanh(result / skeleton.logit_softcap) * skeleton.logit_softcap
+        result.div_(skeleton.logit_softcap).tanh_().mul_(skeleton.logit_softcap)
     count = int(counts.sum())
     return result[:count], result[-count:]
 
@@ -180,12 +182,17 @@ def _rows_of(name: str, variant: Variant, device: torch.device) -> Callable[...,
 
 
 def compare(reference: Tensor, found: Tensor) -> LogitError:
-    """Return how far logits [tokens, vocab] are from the reference."""
-    difference = (found - reference).abs()
-    expected = F.log_softmax(reference, dim=-1)
-    divergence = F.kl_div(F.log_softmax(found, dim=-1), expected, log_target=True, reduction="batchmean")
-    agreement = (found.argmax(dim=-1) == reference.argmax(dim=-1)).float().mean()
-    return LogitError(difference.mean().item(), difference.max().item(), divergence.item(), agreement.item())
+    """Return how far logits [tokens, vocab] are from the reference; a few tokens at a time, for large vocabularies."""
+    total = largest = divergence = agreement = 0.0
+    for expected, actual in zip(torch.split(reference, TOKENS), torch.split(found, TOKENS), strict=True):
+        difference = (actual - expected).abs()
+        total += difference.sum().item()
+        largest = max(largest, difference.max().item())
+        wanted, given = F.log_softmax(expected, dim=-1), F.log_softmax(actual, dim=-1)
+        divergence += F.kl_div(given, wanted, log_target=True, reduction="sum").item()
+        agreement += (actual.argmax(dim=-1) == expected.argmax(dim=-1)).sum().item()
+    count = len(reference)
+    return LogitError(total / reference.numel(), largest, divergence / count, agreement / count)
 
 
 def table(errors: Sequence[tuple[str, LogitError]]) -> list[str]:
