@@ -62,7 +62,7 @@ def _train(session: Session) -> bool:
     random.seed(config.seed + ranks.rank)
     found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, session.say)
     folder = _resolve_model(session)
-    lora, initial = _lora(config, ranks)
+    lora, initial = _lora(config, ranks, folder)
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
     tokenizer, train, evaluation = _load_data(config, ranks, folder)
@@ -175,7 +175,7 @@ def _load_data(
     return tokenizer, train_loader, loaders
 
 
-def _lora(config: TrainConfig, ranks: Ranks) -> tuple[LoraSettings, dict[str, Tensor] | None]:
+def _lora(config: TrainConfig, ranks: Ranks, folder: Path) -> tuple[LoraSettings, dict[str, Tensor] | None]:
     """Return what is trained, and the matrices to start from if they are not new ones."""
     if config.adapter is None:
         return lora_settings(config), None
@@ -186,6 +186,8 @@ def _lora(config: TrainConfig, ranks: Ranks) -> tuple[LoraSettings, dict[str, Te
         ranks,
         f"starting from {adapter.folder}: rank {lora.rank}, alpha {lora.alpha:g}, {len(adapter.matrices)} matrices",
     )
+    if adapter.named_base not in (None, _base_name(config, folder)):
+        _say(ranks, f"warning: it names another base, {adapter.named_base}; its matrices are meant for that one")
     return lora, adapter.matrices
 
 

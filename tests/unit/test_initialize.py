@@ -120,9 +120,18 @@ def test_training_starts_from_it(tmp_path: Path, method: str) -> None:
     settings = {**kept, **inputs, "adapter": output, "max_steps": 2, "output_dir": run_dir}
     assert train(2, settings) == [0, 0], run_dir.with_suffix(".log").read_text()
     assert len(losses(run_dir)) == 2
-    assert ("names another base" in run_dir.with_suffix(".log").read_text()) is False
+    assert "names another base" not in run_dir.with_suffix(".log").read_text()
     config = json.loads((run_dir / "adapter" / CONFIG_FILE).read_text())
     assert (config["r"], config["lora_alpha"]) == (4, 8)
+
+
+def test_an_adapter_on_another_base_is_told(tmp_path: Path) -> None:
+    inputs = make_inputs(tmp_path / "inputs")
+    output = initialize(Path(inputs["model"]), tmp_path / "init")
+    kept = {name: value for name, value in SETTINGS.items() if name != "lora_rank"}
+    settings = {**kept, **inputs, "adapter": output, "max_steps": 1, "output_dir": tmp_path / "run"}
+    assert train(1, settings) == [0]
+    assert f"warning: it names another base, {output}" in (tmp_path / "run.log").read_text()
 
 
 def test_what_cannot_be_made_is_refused(base: Path, tmp_path: Path) -> None:
