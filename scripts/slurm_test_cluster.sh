@@ -4,7 +4,7 @@
 #   scripts/slurm_test_cluster.sh stop DIR
 # Needs Debian's packages (apt-get install slurm-wlm munge) and root. Nothing outside DIR is written. The nodes claim 8 GPUs
 # and 64 CPUs each, which SLURM counts and nothing checks, so that the launch files run unchanged on a laptop's CPU. Tests that
-# use it: python -m pytest tests/slurm
+# use it: python -m pytest -m cluster tests/slurm
 set -euo pipefail
 
 usage() { sed -n '2,7s/^# //p' "$0" >&2; exit 2; }

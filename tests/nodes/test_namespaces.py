@@ -1,4 +1,4 @@
-"""Two nodes as two network namespaces with addresses of their own: python -m pytest tests/nodes
+"""Two nodes as two network namespaces with addresses of their own: python -m pytest -m cluster tests/nodes
 
 Needs root and iproute2; skipped without them. All traffic stays on a virtual cable between the two namespaces.
 """
@@ -58,6 +58,8 @@ def can_make_namespaces() -> bool:
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(not can_make_namespaces(), reason="needs root and iproute2, and leave to make namespaces"),
 ]
 

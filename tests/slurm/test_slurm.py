@@ -1,4 +1,4 @@
-"""The batch files on a real SLURM of one and of two nodes, all of this machine: python -m pytest tests/slurm
+"""The batch files on a real SLURM of one and of two nodes, all of this machine: python -m pytest -m cluster tests/slurm
 
 Needs Debian's slurm-wlm and munge, and root; skipped without them.
 """
@@ -29,6 +29,8 @@ STEPS = 300
 
 pytestmark = [
     pytest.mark.slow,
+    pytest.mark.cluster,
+    pytest.mark.timeout(900),
     pytest.mark.skipif(
         os.geteuid() != 0 or not all(map(shutil.which, ("slurmctld", "slurmd", "munged"))),
         reason="needs root and: apt-get install slurm-wlm munge",
