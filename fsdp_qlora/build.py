@@ -19,7 +19,15 @@ from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
 from fsdp_qlora.parallel import LossModel, MemorySettings, allocator, parallelize
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears, lora_linears
+from fsdp_qlora.quant.adapt import (
+    LoraSettings,
+    QuantSettings,
+    block_linears,
+    lora_linears,
+    packed_layers,
+    tensor_names,
+)
+from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_index
@@ -107,8 +115,7 @@ def build_model(
     with agree_on_errors(ranks, "checking the model"):
         skeleton = build_skeleton(folder, dtype, attention)
         reader = Reader(model_names(read_index(folder), skeleton.family))
-        expected = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
-        check_complete(reader.tensors, expected, skeleton.tied)
+        check_complete(reader.tensors, tensor_names(skeleton), skeleton.tied)
         layers = [name for name, _ in block_linears(skeleton)]
         if adapter is not None:
             check_layers(adapter, layers)
@@ -169,7 +176,7 @@ def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
     for block in built.skeleton.blocks:
         assert isinstance(block, FSDPModule)
         block.unshard()
-        wrong += [linear.name for linear in lora_linears(block) if not _is_intact(linear, built.report.fingerprints)]
+        wrong += [layer.name for layer in packed_layers(block) if not _is_intact(layer, built.report.fingerprints)]
         block.reshard()
     found: list[list[str]] = [[] for _ in range(ranks.world_size)]
     dist.all_gather_object(found, wrong)
@@ -182,6 +189,6 @@ def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
             )
 
 
-def _is_intact(linear: LoRALinear, fingerprints: Mapping[str, int]) -> bool:
-    gathered = linear.packed.view(torch.uint8)
-    return int(fingerprint(gathered).item()) == fingerprints[linear.name]
+def _is_intact(layer: LoRALinear | ExpertStack, fingerprints: Mapping[str, int]) -> bool:
+    gathered = layer.packed.view(torch.uint8)
+    return int(fingerprint(gathered).item()) == fingerprints[layer.name]

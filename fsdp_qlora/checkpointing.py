@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.memory import host_buffer
+from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import LoRALinear
 
 
@@ -116,12 +117,17 @@ class Block(nn.Module):
         block: called as block(hidden, **kwargs) and returning a tensor; only `hidden` is differentiated.
         index: its place among the blocks.
         store: keeps the inputs, shared by all blocks; None to keep all activations instead.
-        last: the linear layer whose output only enters the block's sum, so that the second run can do without it; or None.
+        last: what gives the output that only enters the block's sum, so that the second run can do without; or None.
         repeat_random: repeat the same random numbers in the second run (needed with dropout).
     """
 
     def __init__(
-        self, block: nn.Module, index: int, store: HiddenStore | None, last: LoRALinear | None, repeat_random: bool
+        self,
+        block: nn.Module,
+        index: int,
+        store: HiddenStore | None,
+        last: LoRALinear | QuantizedExperts | None,
+        repeat_random: bool,
     ) -> None:
         super().__init__()
         self.block, self.index, self.store = block, index, store

@@ -115,6 +115,10 @@ class TrainConfig(MethodSettings, DataSettings):
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this global norm; 0 switches clipping off."""
 
+    router_aux_loss_coef: float | None = None
+    """Weight of the load-balancing loss of mixture-of-experts models; default: as the model's config.json says, which mostly
+    is 0 (a router_aux_loss_coef there counts only with output_router_logits)."""
+
     precision: Literal["auto", "bf16", "fp32"] = "auto"
     """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs. LoRA, gradients and the optimizer are always float32."""
 
@@ -233,6 +237,7 @@ RULES: dict[str, Rule] = {
     "context_length": _at_least(8),
     "eval_split": _SHARE,
     **METHOD_RULES,
+    "router_aux_loss_coef": _at_least(0),
     "cpu_offload": _number_or("auto", "none", "all"),
     "activation_checkpointing": _number_or("auto", "none", "full"),
     "gpu_memory": Rule(_is_sizes, "a number of GiB above 0, or several separated by commas"),

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
 from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter
+from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
@@ -217,6 +218,7 @@ def _load_model(
         progress=progress,
         compiled=_compiles(config, ranks),
     )
+    built.root.balance = balance_routers(built.skeleton.model, built.skeleton.config, config.router_aux_loss_coef)
     if config.verify_weights:
         verify_weights(built, ranks)
     checked = f", gathered bytes verified (base {built.fingerprint})" if config.verify_weights else ""

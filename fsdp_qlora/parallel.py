@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.balance import RouterBalance
 from fsdp_qlora.checkpointing import Block, HiddenStore
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
@@ -19,7 +20,8 @@ from fsdp_qlora.loss import chunked_cross_entropy, count_correct
 from fsdp_qlora.memory import HostArena
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers, quantize_and_adapt
+from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear
 
 
@@ -32,6 +34,7 @@ class LossModel(nn.Module):
         self.vocabulary = skeleton.vocabulary
         self.softcap, self.logit_scale = skeleton.logit_softcap, skeleton.logit_scale
         self.adapter_prefix = skeleton.family.adapter_prefix
+        self.balance: RouterBalance | None = None
 
     def forward(
         self,
@@ -44,6 +47,8 @@ class LossModel(nn.Module):
     ) -> dict[str, Tensor]:
         """Return {'loss': sum of the token losses}, a dict so that FSDP finds the tensor to hook backward on.
 
+        With gradients it includes the load-balancing loss of a mixture of experts, if that is wanted (balance.py).
+
         Without gradients there is also 'correct': how many targets are the most likely token.
 
         Args:
@@ -52,6 +57,9 @@ class LossModel(nn.Module):
             target_positions: int64 [targets], positions among the batch * tokens ones that predict a target.
             target_ids: int64 [targets], the tokens to predict there.
         """
+        balance = self.balance if torch.is_grad_enabled() else None
+        if balance is not None:
+            balance.begin(input_ids.shape, target_positions)
         hidden = self.model.model(
             input_ids=input_ids,
             position_ids=position_ids,
@@ -64,6 +72,8 @@ class LossModel(nn.Module):
             targets = targets * self.logit_scale
         head = self._head()
         result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap)}
+        if balance is not None:
+            result["loss"] = balance.add_to(result["loss"])
         if not torch.is_grad_enabled():
             result["correct"] = count_correct(targets, head, target_ids)
         return result
@@ -170,7 +180,7 @@ def parallelize(
     for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
         block = blocks[index]
         last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear else None
-        assert last is None or isinstance(last, LoRALinear)
+        assert last is None or isinstance(last, LoRALinear | QuantizedExperts)
         if compiled:
             block.compile()
         blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random)
@@ -251,7 +261,7 @@ def _refuse_corrupting_storage(block: nn.Module) -> None:
     CUDA (pytorch#159333), and so the packed bytes; a block of mixed dtypes is gathered as bytes.
     """
     dtypes = {parameter.dtype for parameter in block.parameters()}
-    packed = next((linear.layout for linear in lora_linears(block)), None)
+    packed = next((layer.layout for layer in packed_layers(block)), None)
     if packed is not None and packed.storage_dtype.itemsize == 2 and len(dtypes) == 1:
         raise ConfigError(
             f"quant_storage {packed.storage}: a block without float32 LoRA matrices would be corrupted by FSDP;"

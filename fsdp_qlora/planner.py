@@ -19,12 +19,13 @@ from fsdp_qlora import loss
 from fsdp_qlora.memory import GIB
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
 from fsdp_qlora.parallel import MemorySettings, spread
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, quantize_and_adapt
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers, quantize_and_adapt
+from fsdp_qlora.quant.experts import ExpertStack
 
 
 @dataclass(frozen=True)
 class Widths:
-    """Elements a token takes in the tensors of a block; `norm` sums over the inputs of all its RMSNorms."""
+    """Elements a token takes in the tensors of a block; `norm` sums over the inputs of all its norms."""
 
     norm: int
     hidden: int
@@ -94,7 +95,10 @@ PROCESS_BYTES = 3 * GIB // 2
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Bytes of one decoder block's parameters, whole and in this rank's part: 4-bit, other frozen, LoRA (float32)."""
+    """Bytes of one decoder block's parameters, whole and in this rank's part: 4-bit, other frozen, LoRA (float32).
+
+    `num_weights` counts the quantised weights that one token meets: of experts those it is sent to.
+    """
 
     packed: int
     packed_part: int
@@ -120,7 +124,8 @@ class ModelShape:
         tied: whether the embedding is the same matrix.
         widths: see Widths.
         num_heads: query heads.
-        largest_weights, largest_packed: largest quantised matrix of a block: weights, and bytes packed.
+        largest_weights: of the quantised matrices of a block, the only one that is dequantised at a time.
+        largest_packed: bytes of the largest 4-bit parameter, which is one matrix, or that of all experts.
         lora_widths: sums over the LoRA layers of a block: rank, input width, and with DoRA output width.
         itemsize: bytes of the compute dtype.
         softcapped: whether logits, and whether attention scores, are soft-capped.
@@ -176,25 +181,26 @@ def model_shape(
     quantize_and_adapt(skeleton, quant, lora, dtype)
     config = skeleton.config
     block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
-    layouts = [linear.layout for linear in lora_linears(block)]
+    layouts = [layer.layout for layer in packed_layers(block)]
     adapted = [linear.lora_A.shape for linear in lora_linears(block) if linear.lora_A is not None]
     dora = [linear.out_features for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
-    largest = max(layouts, key=lambda layout: layout.num_weights)
     head = skeleton.vocabulary.weight
     norm = skeleton.decoder.norm
     assert isinstance(head, Tensor)
     assert isinstance(norm, nn.Module)
     return ModelShape(
         num_shards=quant.num_shards,
-        blocks=tuple(_block_shape(block, quant.num_shards, shard) for block in skeleton.blocks),
+        blocks=tuple(
+            _block_shape(block, quant.num_shards, shard, _experts_per_token(skeleton)) for block in skeleton.blocks
+        ),
         norm_part=sum(_part(parameter, quant.num_shards, shard) for parameter in norm.parameters()),
         vocabulary_rows=head.shape[0],
         vocabulary_part_rows=_rows(head.shape[0], quant.num_shards, shard),
         tied=skeleton.tied,
         widths=_widths(skeleton),
         num_heads=config.num_attention_heads,
-        largest_weights=largest.num_weights,
-        largest_packed=largest.padded_bytes,
+        largest_weights=max(layout.num_weights for layout in layouts),
+        largest_packed=max(layout.padded_bytes for layout in layouts),
         lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
         itemsize=dtype.itemsize,
         softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
@@ -213,14 +219,17 @@ def _part(parameter: Tensor, num_shards: int, shard: int) -> int:
     return _rows(parameter.shape[0], num_shards, shard) * row_bytes
 
 
-def _block_shape(block: nn.Module, num_shards: int, shard: int) -> BlockShape:
+def _block_shape(block: nn.Module, num_shards: int, shard: int, experts_per_token: int) -> BlockShape:
     sums = {"packed": [0, 0], "lora": [0, 0], "frozen": [0, 0]}
     for name, parameter in block.named_parameters():
         kind = name.rpartition(".")[2].partition("_")[0]
         both = sums[kind if kind in sums else "frozen"]
         both[0] += parameter.numel() * parameter.itemsize
         both[1] += _part(parameter, num_shards, shard)
-    num_weights = sum(linear.layout.num_weights for linear in lora_linears(block))
+    num_weights = sum(
+        layer.layout.num_weights * (experts_per_token if isinstance(layer, ExpertStack) else 1)
+        for layer in packed_layers(block)
+    )
     (packed, packed_part), (lora, lora_part), (frozen, frozen_part) = sums.values()
     return BlockShape(packed, packed_part, frozen, frozen_part, lora, lora_part, num_weights)
 
@@ -233,7 +242,14 @@ def _widths(skeleton: Skeleton) -> Widths:
     norms = [parameter.numel() for name, parameter in named if name.endswith("norm.weight")]
     per_head = [size for size in norms if size == head_dim != config.hidden_size]  # Qwen3, Gemma 3: norms of q and k
     norm = sum(norms) - sum(per_head) + (query + key_value if per_head else 0)
-    return Widths(norm, config.hidden_size, query, key_value, config.intermediate_size)
+    # of experts, those of one token together: a little more than they take, as each works for itself
+    inner = [layer.layout for layer in packed_layers(skeleton.blocks[0]) if isinstance(layer, ExpertStack)]
+    intermediate = _experts_per_token(skeleton) * inner[0].out_features if inner else config.intermediate_size
+    return Widths(norm, config.hidden_size, query, key_value, intermediate)
+
+
+def _experts_per_token(skeleton: Skeleton) -> int:
+    return int(getattr(skeleton.config, "num_experts_per_tok", 1))
 
 
 @dataclass(frozen=True)

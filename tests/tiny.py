@@ -87,6 +87,15 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "glm4": {"head_dim": 16, "tie_word_embeddings": False},
     "exaone4": {"sliding_window": 16, "tie_word_embeddings": False},
     "ernie4_5": {"head_dim": 16},
+    "qwen3_moe": {
+        "head_dim": 24,
+        "moe_intermediate_size": 40,
+        "num_experts": 6,
+        "num_experts_per_tok": 2,
+        "norm_topk_prob": True,
+        "tie_word_embeddings": False,
+    },
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": 16, "tie_word_embeddings": False},
 }
 """Settings of a family's tiny model beyond COMMON; model_type is the key unless given."""
 

@@ -15,14 +15,17 @@ class Family:
         title: name for the documentation.
         text_prefixes: how the names of the language model's tensors may begin in a checkpoint that holds more than
             the language model (images), as pairs (prefix in the checkpoint, prefix in transformers' text-only model).
+        renamed: parts of tensors' names in a checkpoint, and what they are called here.
         other_prefixes: how the names of tensors begin that the language model does not need.
         adapter_prefix: how the names of the decoder's modules begin in the model that an adapter is applied to.
-        last_linear: the layer whose output does nothing but enter a block's final sum, None if something follows it.
+        last_linear: the layer (or the experts) whose output does nothing but enter a block's final sum, None if something
+            follows it.
         logit_factor, logit_divisor: settings of config.json by which the logits are multiplied or divided, if any.
     """
 
     title: str
     text_prefixes: tuple[tuple[str, str], ...] = ()
+    renamed: tuple[tuple[str, str], ...] = ()
     other_prefixes: tuple[str, ...] = ()
     adapter_prefix: str = "model."
     last_linear: str | None = "mlp.down_proj"
@@ -73,6 +76,17 @@ FAMILIES: dict[str, Family] = {
     "glm4": Family("GLM-4 0414, GLM-Z1", last_linear=None),
     "exaone4": Family("EXAONE 4", last_linear=None),
     "ernie4_5": Family("ERNIE 4.5 (dense)"),
+    "qwen3_moe": Family("Qwen3 mixture of experts", last_linear="mlp.experts"),
+    "mixtral": Family(
+        "Mixtral",
+        renamed=(
+            (".block_sparse_moe.", ".mlp."),
+            (".w1.weight", ".gate_proj.weight"),
+            (".w3.weight", ".up_proj.weight"),
+            (".w2.weight", ".down_proj.weight"),
+        ),
+        last_linear="mlp.experts",
+    ),
 }
 """Keyed by `model_type` of config.json."""
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import Skeleton
+from fsdp_qlora.quant.experts import PARTS, ExpertStack, QuantizedExperts
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import LoraSettings as LoraSettings
@@ -31,8 +34,54 @@ def block_linears(skeleton: Skeleton) -> list[tuple[str, nn.Linear]]:
     return [(name, m) for name, m in named if isinstance(m, nn.Linear) and name.startswith("model.layers.")]
 
 
+def block_experts(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
+    """Return (name in the model, module) of what holds the experts of each block as stacks [experts, out, in].
+
+    Raises:
+        ModelError: blocks with and without experts, or a router whose noise backward could not repeat.
+    """
+    found = []
+    for name, module in skeleton.model.named_modules():
+        stacks: list[Any] = [getattr(module, part, None) for part in ("gate_up_proj", "down_proj")]
+        if all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in stacks):
+            found.append((name, module))
+    if found and len(found) != len(skeleton.blocks):
+        raise ModelError(
+            f"{len(found)} of {len(skeleton.blocks)} decoder blocks have experts; only models in which all or none have"
+            " are supported"
+        )
+    if found and getattr(skeleton.config, "router_jitter_noise", None):
+        raise ModelError("router_jitter_noise in config.json is not supported; set it to 0")
+    return found
+
+
+def expert_matrices(skeleton: Skeleton) -> dict[str, tuple[int, int]]:
+    """Return the shape [out, in] of every expert's matrices by their names, one a checkpoint tensor each."""
+    found: dict[str, tuple[int, int]] = {}
+    for name, module in block_experts(skeleton):
+        num_experts, hidden, inner = _expert_shape(module)
+        shapes = ((inner, hidden), (inner, hidden), (hidden, inner))
+        for part, shape in zip(PARTS, shapes, strict=True):
+            found |= {f"{name}.{expert}.{part}.weight": shape for expert in range(num_experts)}
+    return found
+
+
+def _expert_shape(module: nn.Module) -> tuple[int, int, int]:
+    """Return the number of experts, and hidden and inner width."""
+    assert isinstance(module.down_proj, Tensor)
+    num_experts, hidden, inner = module.down_proj.shape
+    return num_experts, hidden, inner
+
+
+def tensor_names(skeleton: Skeleton) -> set[str]:
+    """Return the names of all tensors that a checkpoint of the model must hold."""
+    stacks = {f"{name}.{part}" for name, _ in block_experts(skeleton) for part in ("gate_up_proj", "down_proj")}
+    own = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
+    return own - stacks | set(expert_matrices(skeleton))
+
+
 def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSettings | None, dtype: torch.dtype) -> None:
-    """Replace every linear layer of the decoder blocks by a LoRALinear on the meta device, in place.
+    """Replace every linear layer of the decoder blocks by a LoRALinear on the meta device, and experts by 4-bit ones.
 
     Args:
         skeleton: the model, on the meta device.
@@ -45,6 +94,7 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
     """
     linears = block_linears(skeleton)
     adapted = adapted_layers([name for name, _ in linears], lora) if lora is not None else set()
+    _quantize_experts(skeleton, quant)
     layouts: dict[Layout, Layout] = {}  # one object for equal layouts, so that compiled code is shared between blocks
     for name, linear in linears:
         parent_name, _, leaf = name.rpartition(".")
@@ -67,6 +117,32 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
             use_dora=lora is not None and lora.use_dora,
         )
         setattr(skeleton.model.get_submodule(parent_name), leaf, replacement)
+
+
+def _quantize_experts(skeleton: Skeleton, quant: QuantSettings) -> None:
+    for name, module in block_experts(skeleton):
+        num_experts, hidden, inner = _expert_shape(module)
+        wide = Layout(
+            inner,
+            hidden,
+            quant.quant_type,
+            quant.double_quant,
+            quant.storage,
+            quant.num_shards,
+            num_matrices=num_experts,
+        )
+        narrow = replace(wide, out_features=hidden, in_features=inner)
+        parent_name, _, leaf = name.rpartition(".")
+        assert callable(module.act_fn)
+        experts = QuantizedExperts(name, (wide, wide, narrow), module.act_fn)
+        setattr(skeleton.model.get_submodule(parent_name), leaf, experts)
+
+
+def packed_layers(model: nn.Module) -> Iterator[LoRALinear | ExpertStack]:
+    """Yield all that holds 4-bit weights, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, LoRALinear | ExpertStack):
+            yield module
 
 
 def lora_linears(model: nn.Module) -> Iterator[LoRALinear]:

@@ -48,9 +48,10 @@ class Section:
 
 @dataclass(frozen=True)
 class Layout:
-    """Byte layout of one quantised matrix [out_features, in_features].
+    """Byte layout of one quantised matrix [out_features, in_features], or of several equal ones that share a parameter.
 
-    Equal matrices have equal layouts, so compiled code and kernels can be shared between blocks.
+    Equal matrices have equal layouts, so compiled code and kernels can be shared between blocks. With `num_matrices`
+    (experts) one matrix follows the other, each with its statistics; sections are those of the first.
     """
 
     out_features: int
@@ -59,6 +60,7 @@ class Layout:
     double_quant: bool = True
     storage: str = "float32"
     num_shards: int = 1
+    num_matrices: int = 1
 
     @property
     def num_weights(self) -> int:
@@ -91,13 +93,13 @@ class Layout:
 
     @cached_property
     def num_bytes(self) -> int:
-        """Bytes that carry information: all but the padding at the end. A multiple of 16 for every layout."""
+        """Bytes of a matrix that carry information: all but the padding at the end. A multiple of 16 for every layout."""
         return _align(self.offset.stop, SECTION_ALIGNMENT)
 
     @cached_property
     def padded_bytes(self) -> int:
         """Bytes of the whole parameter: every shard has the same size, a multiple of 16."""
-        return _align(self.num_bytes, SECTION_ALIGNMENT * self.num_shards)
+        return _align(self.num_matrices * self.num_bytes, SECTION_ALIGNMENT * self.num_shards)
 
     @property
     def shard_bytes(self) -> int:
@@ -111,6 +113,10 @@ class Layout:
     def numel(self) -> int:
         """Elements of the flat parameter under its storage dtype."""
         return self.padded_bytes // self.storage_dtype.itemsize
+
+    def matrix_range(self, index: int) -> Section:
+        """Bytes [start, stop) of one of the matrices."""
+        return Section(index * self.num_bytes, (index + 1) * self.num_bytes)
 
     def shard_range(self, shard: int) -> Section:
         """Bytes [start, stop) that a shard holds."""

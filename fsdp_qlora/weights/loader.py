@@ -19,9 +19,10 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
+from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
-from fsdp_qlora.quant.nf4 import pack_statistics, quantize_blocks
+from fsdp_qlora.quant.nf4 import pack_statistics, quantize_blocks, quantize_matrix
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import check_quantized, check_shape, is_quantized, read_quant_state, require_finite
@@ -50,12 +51,22 @@ def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str
             if id(parameter) in seen or (isinstance(module, LoRALinear) and name.startswith("lora_")):
                 continue
             seen.add(id(parameter))
-            if not isinstance(module, LoRALinear) or name != "packed":
+            if name != "packed":
                 check_shape(reader, f"{names[module]}.{name}", _full_shape(module, parameter))
-            elif is_quantized(reader.tensors, f"{module.name}.weight"):
-                check_quantized(reader, f"{module.name}.weight", module.layout)
+            elif isinstance(module, ExpertStack):
+                for matrix in module.matrix_names():
+                    check_matrix(reader, matrix, module.layout)
             else:
-                check_shape(reader, f"{module.name}.weight", (module.out_features, module.in_features))
+                assert isinstance(module, LoRALinear)
+                check_matrix(reader, f"{module.name}.weight", module.layout)
+
+
+def check_matrix(reader: Reader, name: str, layout: Layout) -> None:
+    """Raise WeightsError unless a matrix, quantised or not, is of the form `layout` expects."""
+    if is_quantized(reader.tensors, name):
+        check_quantized(reader, name, layout)
+    else:
+        check_shape(reader, name, (layout.out_features, layout.in_features))
 
 
 def _full_shape(module: nn.Module, parameter: nn.Parameter) -> tuple[int, ...]:
@@ -128,6 +139,8 @@ class Loader:
         target = self.allocate(module, name, local_shape, parameter.dtype)
         if isinstance(module, LoRALinear) and name == "packed":
             self._load_packed(module, target.view(torch.uint8))
+        elif isinstance(module, ExpertStack):
+            self._load_stack(module, target.view(torch.uint8))
         elif isinstance(module, LoRALinear) and name.startswith("lora_"):
             self._load_lora(module, name, target)
         else:
@@ -175,6 +188,34 @@ class Loader:
             self._quantize(name, layout, shard.start, flat)
         self._fingerprints[module.name] = fingerprint(flat, shard.start)
         target.copy_(flat)
+
+    def _load_stack(self, stack: ExpertStack, target: Tensor) -> None:
+        """Fill uint8 [shard_bytes] with this rank's bytes of a stack, matrix by matrix.
+
+        A matrix that lies across two shards is read and quantised by both ranks: small beside the stack, and no exchange.
+        """
+        layout, shard = stack.layout, stack.layout.shard_range(self.ranks.shard)
+        total = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
+        target.zero_()
+        for index, name in enumerate(stack.matrix_names()):
+            matrix = layout.matrix_range(index)
+            begin, end = max(matrix.start, shard.start), min(matrix.stop, shard.stop)
+            if begin >= end:
+                continue
+            piece = self._whole_matrix(name, layout)[begin - matrix.start : end - matrix.start]
+            total += fingerprint(piece, begin)
+            target[begin - shard.start : end - shard.start] = piece
+        self._fingerprints[stack.name] = total
+
+    def _whole_matrix(self, name: str, layout: Layout) -> Tensor:
+        """Return the bytes of a matrix, uint8 [num_bytes]."""
+        if is_quantized(self.reader.tensors, name):
+            flat = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self.ranks.device)
+            copy_quantized(self.reader, name, layout, flat)
+            return flat
+        weights = self.reader.read(name).to(self.ranks.device)
+        require_finite(weights, self.reader, name)
+        return quantize_matrix(weights, layout)
 
     def _quantize(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
         failure: WeightsError | None = None

@@ -34,6 +34,8 @@ def model_names(tensors: Mapping[str, TensorEntry], family: Family) -> dict[str,
             if name.startswith(prefix):
                 name = replacement + name.removeprefix(prefix)
                 break
+        for part, replacement in family.renamed:
+            name = name.replace(part, replacement)
         named[name] = entry
     return named
 

@@ -31,13 +31,19 @@ def is_block_matrix(name: str, shape: tuple[int, ...]) -> bool:
     return name.startswith("model.layers.") and len(shape) == 2
 
 
-def save_quantized(source: Path, folder: Path, quant_type: str = "nf4", double_quant: bool = True) -> Path:
-    """Save a copy of a tiny checkpoint whose block matrices are quantised in bitsandbytes' own form."""
+def save_quantized(
+    source: Path, folder: Path, quant_type: str = "nf4", double_quant: bool = True, skip: str | None = None
+) -> Path:
+    """Save a copy of a tiny checkpoint whose block matrices are quantised in bitsandbytes' own form.
+
+    Args:
+        skip: end of the names of matrices that are not.
+    """
     folder.mkdir(parents=True)
     shutil.copy(source / "config.json", folder)
     tensors = {}
     for name, value in load_file(source / "model.safetensors").items():
-        if not is_block_matrix(name, tuple(value.shape)):
+        if not is_block_matrix(name, tuple(value.shape)) or (skip is not None and name.endswith(skip)):
             tensors[name] = value
             continue
         codes, state = bnb.quantize_4bit(value, blocksize=64, quant_type=quant_type, compress_statistics=double_quant)

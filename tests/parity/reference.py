@@ -6,9 +6,10 @@ masks, and PEFT's LoRA. Nothing of fsdp_qlora takes part in it but the values of
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import bitsandbytes as bnb
@@ -27,14 +28,17 @@ from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers
 from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.lora import ALL_LINEAR, is_names
 from fsdp_qlora.trainer import Trainer
 
 LORA = LoraSettings(rank=8, alpha=16.0)
 NF4 = QuantSettings()
 SMOLLM2_LR = 2e-4
+ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"
+"""All linear layers of a mixture of experts; PEFT's own all-linear takes experts and router too."""
 
 
 @dataclass
@@ -56,9 +60,22 @@ def load_base(
         bnb_4bit_use_double_quant=quant.double_quant,
         bnb_4bit_compute_dtype=dtype,
     )
-    return auto_class.from_pretrained(
+    model = auto_class.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}, attn_implementation="eager"
     )
+    _round_experts(model, quant)
+    return model
+
+
+@torch.no_grad()
+def _round_experts(model: PreTrainedModel, quant: QuantSettings) -> None:
+    """Replace experts' matrices, which transformers leaves in 16 or 32 bits, by what bitsandbytes makes of each."""
+    for module in model.modules():
+        gate_up, down = getattr(module, "gate_up_proj", None), getattr(module, "down_proj", None)
+        if isinstance(gate_up, nn.Parameter) and isinstance(down, nn.Parameter):
+            for matrix in itertools.chain(*(expert.chunk(2) for expert in gate_up), down):
+                settings = {"quant_type": quant.quant_type, "compress_statistics": quant.double_quant}
+                matrix.copy_(bnb.functional.dequantize_4bit(*bnb.functional.quantize_4bit(matrix, **settings)))
 
 
 def load_ours(
@@ -92,6 +109,8 @@ def load_pair(
 ) -> Pair:
     """Load a checkpoint both ways, with the same LoRA matrices."""
     ours = load_ours(folder, ranks, quant, lora, dtype, zero_lora_B)
+    if any(isinstance(layer, ExpertStack) for layer in packed_layers(ours.root)) and lora.target_modules == ALL_LINEAR:
+        lora = replace(lora, target_modules=ATTENTION_LAYERS)
     # in train mode for good: in eval mode bitsandbytes repacks the weights of some CPUs and computes in bf16
     peft = get_peft_model(load_base(folder, quant, dtype), peft_config(lora)).train()
     named = dict(peft.named_parameters())
@@ -144,6 +163,24 @@ def differing_base_weights(pair: Pair) -> list[str]:
         matrix = bnb.functional.dequantize_4bit(weight.data, weight.quant_state)
         if not dequantize(local(linear.packed), linear.layout, matrix.dtype, "forward").equal(matrix):
             wrong.append(name)
+    return wrong + _differing_experts(pair)
+
+
+def _differing_experts(pair: Pair) -> list[str]:
+    """Return the experts' matrices whose dequantised values are not bitwise equal to bitsandbytes'."""
+    wrong = []
+    for stack in packed_layers(pair.ours.root):
+        if not isinstance(stack, ExpertStack):
+            continue
+        experts, _, part = stack.name.rpartition(".")
+        module = pair.peft.base_model.model.get_submodule(experts)
+        half = {"gate_proj": 0, "up_proj": 1}.get(part)
+        for expert, name in enumerate(stack.matrix_names()):
+            expected = module.down_proj[expert] if half is None else module.gate_up_proj[expert].chunk(2)[half]
+            section = stack.layout.matrix_range(expert)
+            packed = local(stack.packed).view(torch.uint8)[section.start : section.stop]
+            if not dequantize(packed, stack.layout, expected.dtype, "forward").equal(expected):
+                wrong.append(name)
     return wrong
 
 

@@ -95,7 +95,9 @@ def counted(folder: Path) -> tuple[int, int, int, int, int]:
         return ranks.shard, sums["packed"], sums["frozen"], sums["lora"], sums["vocabulary"]
 
 
-@pytest.mark.parametrize(("family", "world_size"), [("llama", 1), ("llama", 2), ("qwen3", 2)])
+@pytest.mark.parametrize(
+    ("family", "world_size"), [("llama", 1), ("llama", 2), ("qwen3", 2), ("qwen3_moe", 1), ("qwen3_moe", 2)]
+)
 def test_shape_counts_what_a_loaded_rank_holds(family: str, world_size: int, tmp_path: Path) -> None:
     folder = save_tiny(family, tmp_path / "model", vocab_size=321)
     lora = LoraSettings(3, 16.0)  # 3 rows of lora_A and 321 of the vocabulary: the ranks' parts differ
@@ -109,7 +111,7 @@ def test_shape_counts_what_a_loaded_rank_holds(family: str, world_size: int, tmp
 NUM_NORMS = {"gemma2": 4, "gemma3_text": 4, "glm4": 4, "cohere": 1, "cohere_qk_norm": 1, "cohere2": 1}
 """Norms of a block over hidden states, where there are not two."""
 
-QUERY_KEY_NORMS = {"qwen3", "gemma3_text", "olmo2", "olmo3", "cohere_qk_norm", "exaone4"}
+QUERY_KEY_NORMS = {"qwen3", "qwen3_moe", "gemma3_text", "olmo2", "olmo3", "cohere_qk_norm", "exaone4"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -118,7 +120,7 @@ def test_every_family_can_be_planned_from_its_config(family: str, tmp_path: Path
     AutoConfig.for_model(settings.pop("model_type", family), **settings).save_pretrained(tmp_path)
     shape = model_shape(tmp_path, QuantSettings(), LoraSettings(4, 16.0), torch.bfloat16)
     widths = shape.widths
-    assert (widths.hidden, widths.intermediate) == (64, 104)
+    assert (widths.hidden, widths.intermediate) == (64, {"qwen3_moe": 2 * 40, "mixtral": 2 * 104}.get(family, 104))
     query_key = widths.query + widths.key_value if family in QUERY_KEY_NORMS else 0
     assert widths.norm == NUM_NORMS.get(family, 2) * 64 + query_key
     assert shape.softcapped == ((True, True) if family == "gemma2" else (False, False))

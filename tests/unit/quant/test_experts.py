@@ -1,0 +1,147 @@
+"""4-bit experts against plain PyTorch in float64, what they dequantise, and what they keep for backward."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import replace
+
+import bitsandbytes.functional as bnb
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fsdp_qlora.quant import experts as experts_module
+from fsdp_qlora.quant.experts import PARTS, QuantizedExperts
+from fsdp_qlora.quant.layout import Layout
+from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
+
+EXPERTS, HIDDEN, INNER, TOKENS, CHOICES = 5, 48, 72, 9, 2
+IDLE = 3
+"""An expert that no token is sent to."""
+
+
+def make_experts() -> tuple[QuantizedExperts, dict[str, Tensor]]:
+    """Return experts with random values on the CPU, and their matrices as quantised, float64 [experts, out, in]."""
+    generator = torch.Generator().manual_seed(0)
+    wide = Layout(INNER, HIDDEN, num_matrices=EXPERTS)
+    narrow = replace(wide, out_features=HIDDEN, in_features=INNER)
+    experts = QuantizedExperts("experts", (wide, wide, narrow), F.silu).to_empty(device="cpu")
+    matrices = {}
+    for part, layout in zip(PARTS, experts.layouts, strict=True):
+        shape = (layout.out_features, layout.in_features)
+        flat = [quantize_matrix(torch.randn(shape, generator=generator) * 0.2, layout) for _ in range(EXPERTS)]
+        stack = getattr(experts, part)
+        stack.packed.data.copy_(torch.cat(flat).view(layout.storage_dtype))
+        matrices[part] = torch.stack([dequantize_reference(one, layout, torch.float32) for one in flat]).double()
+    return experts, matrices
+
+
+def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
+    """Return hidden states, chosen experts and their weights."""
+    generator = torch.Generator().manual_seed(1)
+    scores = torch.rand(TOKENS, EXPERTS, generator=generator)
+    scores[:, IDLE] = 0
+    weights, index = scores.topk(CHOICES)
+    return torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_(), index, weights.requires_grad_()
+
+
+def test_equals_plain_pytorch() -> None:
+    experts, matrices = make_experts()
+    x, index, weights = make_inputs()
+    x64, weights64 = x.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
+    expected = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
+    for token in range(TOKENS):
+        for choice, expert in enumerate(index[token].tolist()):
+            gate, up, down = (matrices[part][expert] for part in PARTS)
+            y = down @ (F.silu(gate @ x64[token]) * (up @ x64[token]))
+            expected[token] += weights64[token, choice] * y
+    found = experts(x, index, weights)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    direction = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    grads = torch.autograd.grad((found * direction).sum(), (x, weights))
+    expected_grads = torch.autograd.grad((expected * direction.double()).sum(), (x64, weights64))
+    for grad, expected_grad in zip(grads, expected_grads, strict=True):
+        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5)
+
+
+def test_bytes_are_bitsandbytes_of_each_matrix() -> None:
+    """With scales of its own, and at the place that the layout says."""
+    layout = Layout(INNER, HIDDEN, num_matrices=2)
+    weights = torch.randn(2, INNER, HIDDEN)
+    weights[1] *= 30
+    flat = torch.cat([quantize_matrix(weight, layout) for weight in weights])
+    for index, weight in enumerate(weights):
+        codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4", compress_statistics=True)
+        section = layout.matrix_range(index)
+        own = flat[section.start : section.stop]
+        assert own[: layout.codes.stop].equal(codes.flatten())
+        assert own[layout.absmax.start : layout.absmax.stop].equal(state.absmax)
+        assert own[layout.offset.start : layout.offset.stop].view(torch.float32).equal(state.offset.reshape(1))
+
+
+def test_one_matrix_at_a_time_and_only_of_experts_that_are_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[weakref.ref[Tensor]] = []
+    most = [0]
+    real = experts_module.dequantize
+
+    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
+        matrix = real(packed, layout, dtype, use)
+        made.append(weakref.ref(matrix))
+        most[0] = max(most[0], sum(one() is not None for one in made))
+        return matrix
+
+    monkeypatch.setattr(experts_module, "dequantize", watched)
+    experts, _ = make_experts()
+    x, index, weights = make_inputs()
+    hit = len(index.unique())
+    assert hit == EXPERTS - 1
+    output = experts(x, index, weights)
+    assert len(made) == 3 * hit
+    output.sum().backward()
+    assert len(made) == 6 * hit
+    assert most[0] == 1
+    assert not any(one() is not None for one in made)
+
+
+def test_saves_activations_of_the_choices_and_no_matrix() -> None:
+    experts, _ = make_experts()
+    own = {parameter.data_ptr() for parameter in experts.parameters()}
+    saved: list[Tensor] = []
+
+    def pack(tensor: Tensor) -> Tensor:
+        saved.append(tensor)
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        experts(*make_inputs())
+    shapes = sorted(tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in own)
+    number = TOKENS * CHOICES
+    assert shapes == [(TOKENS, HIDDEN), (number,), (number, INNER), (number, INNER)]
+
+
+def test_gradients_without_the_last_product() -> None:
+    experts, _ = make_experts()
+    inputs = make_inputs()
+    direction = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
+    grads = []
+    for experts.skip_product in (False, True):
+        x, index, weights = (tensor.detach().clone() for tensor in inputs)
+        experts(x.requires_grad_(), index, weights.requires_grad_()).backward(direction)
+        grads.append((x.grad, weights.grad))
+    for complete, short in zip(*grads, strict=True):
+        assert complete.equal(short)
+
+
+def test_compiled_code_around_them_computes_the_same() -> None:
+    experts, _ = make_experts()
+    x, index, weights = make_inputs()
+
+    def block(x: Tensor) -> Tensor:
+        return x + experts(F.silu(x), index, weights) * 2
+
+    torch._dynamo.reset()
+    compiled = torch.compile(block, backend="aot_eager")
+    (expected,) = torch.autograd.grad(block(x).sum(), x)
+    (found,) = torch.autograd.grad(compiled(x).sum(), x)
+    assert found.equal(expected)
