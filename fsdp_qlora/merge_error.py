@@ -135,11 +135,24 @@ def _giver(name: str, own: dict[str, nn.Parameter], variant: Variant, device: to
             full = f"{name}.{key}"
             if isinstance(module, nn.Linear) and key == "weight":
                 value = variant.matrix(full)
+            elif parameter.dim() == 3:
+                value = _stack(name, key, len(parameter), variant)
             else:
                 value = _rounded(variant, variant.reader.read(full)).view(parameter.shape)
             setattr(module, key, nn.Parameter(value.to(device), requires_grad=False))
 
     return give
+
+
+def _stack(name: str, key: str, num_experts: int, variant: Variant) -> Tensor:
+    """Return the experts' matrices as transformers stacks them, [experts, out, in]."""
+    parts = ("gate_proj", "up_proj") if key == "gate_up_proj" else (key,)
+    return torch.stack(
+        [
+            torch.cat([variant.matrix(f"{name}.{expert}.{part}.weight") for part in parts])
+            for expert in range(num_experts)
+        ]
+    )
 
 
 def _taker(own: dict[str, nn.Parameter]) -> Callable[..., None]:

@@ -69,13 +69,13 @@ class Adapter:
         found = {name: self.reader.entry(tensor).shape for name, tensor in self._tensors.items()}
         for name, shape in found.items():
             layer, _, part = name.rpartition(".")
-            linear = source.linears.get(f"{layer}.weight")
+            matrix = source.linears.get(f"{layer}.weight")
             rank = found.get(f"{layer}.lora_A", (0,))[0]
-            if linear is not None and rank > 0 and all(f"{layer}.{other}" in found for other in self._parts):
+            if matrix is not None and rank > 0 and all(f"{layer}.{other}" in found for other in self._parts):
                 expected: dict[str, tuple[int, ...]]
-                expected = {"lora_A": (rank, linear.in_features), "lora_B": (linear.out_features, rank)}
+                expected = {"lora_A": (rank, matrix[1]), "lora_B": (matrix[0], rank)}
                 if self.config.get("use_dora"):
-                    expected["lora_magnitude_vector"] = (linear.out_features,)
+                    expected["lora_magnitude_vector"] = (matrix[0],)
                 if shape == expected.get(part):
                     continue
             raise CheckpointError(

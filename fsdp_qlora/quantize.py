@@ -8,7 +8,7 @@ import time
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.hub import resolve
-from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.quant.adapt import QuantSettings, block_experts
 from fsdp_qlora.standalone import (
     Target,
     check_folders,
@@ -52,6 +52,11 @@ def quantize(config: QuantizeConfig) -> Written:
         if source.is_quantized:
             raise WeightsError(f"{folder}: is quantised already; give the model in 16 or 32 bits")
         source.check(quant)
+        if block_experts(source.skeleton):
+            print(
+                "quantize: experts are quantised matrix by matrix, which fsdp-qlora reads; transformers 5 does not",
+                flush=True,
+            )
         matrices = {source.checkpoint_name(name): name for name in source.linears}
         parts = [
             quantized(source, entry, matrices[entry.name], quant, device)

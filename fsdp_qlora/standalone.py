@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fsdp_qlora.checkpoint_config import size_in_bytes
 from fsdp_qlora.errors import CheckpointError, ConfigError
@@ -18,14 +18,14 @@ from fsdp_qlora.files import write_file
 from fsdp_qlora.models.families import Family
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
 from fsdp_qlora.output_files import SIDE_FILES, STATE_FILE
-from fsdp_qlora.quant.adapt import QuantSettings, block_linears
+from fsdp_qlora.quant.adapt import QuantSettings, block_linears, expert_matrices, tensor_names
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.weights.bnb_format import slots, write_quantized
 from fsdp_qlora.weights.index import TensorEntry, read_index
+from fsdp_qlora.weights.loader import check_matrix
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import (
     check_complete,
-    check_quantized,
     check_shape,
     is_quantized,
     model_names,
@@ -47,14 +47,14 @@ class Source:
         skeleton: its model without weights.
         raw: reads tensors by their names in the checkpoint.
         named: reads those of the language model by their names in transformers' model.
-        linears: name ('....weight') and layer of each matrix of the decoder blocks.
+        linears: name ('....weight') and shape [out, in] of each matrix of the decoder blocks, experts' too.
     """
 
     folder: Path
     skeleton: Skeleton
     raw: Reader
     named: Reader
-    linears: dict[str, nn.Linear]
+    linears: dict[str, tuple[int, int]]
 
     @property
     def family(self) -> Family:
@@ -69,16 +69,16 @@ class Source:
         return self.named.entry(name).name
 
     def layout(self, name: str, quant: QuantSettings) -> Layout:
-        linear = self.linears[name]
-        return Layout(linear.out_features, linear.in_features, quant.quant_type, quant.double_quant)
+        return Layout(*self.linears[name], quant.quant_type, quant.double_quant)
 
     def check(self, quant: QuantSettings) -> None:
         """Raise WeightsError unless each tensor has the model's shape, and the given form if it is quantised."""
-        for name, parameter in self.skeleton.model.named_parameters():
-            if name in self.linears and is_quantized(self.named.tensors, name):
-                check_quantized(self.named, name, self.layout(name, quant))
-            else:
-                check_shape(self.named, name, tuple(parameter.shape))
+        for name in self.linears:
+            check_matrix(self.named, name, self.layout(name, quant))
+        parameters = dict(self.skeleton.model.named_parameters())
+        for name in tensor_names(self.skeleton) - set(self.linears):
+            if name in parameters:  # buffers and tied weights are not
+                check_shape(self.named, name, tuple(parameters[name].shape))
 
     def identity(self) -> list[list[Any]]:
         """Return name, size and time of change of each weight file."""
@@ -108,9 +108,9 @@ def open_source(folder: Path, skeleton: Skeleton | None = None) -> Iterator[Sour
     skeleton = skeleton or build_skeleton(folder, torch.float32, "eager")
     tensors = read_index(folder)
     named = model_names(tensors, skeleton.family)
-    expected = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
-    check_complete(named, expected, skeleton.tied)
-    linears = {name + ".weight": linear for name, linear in block_linears(skeleton)}
+    check_complete(named, tensor_names(skeleton), skeleton.tied)
+    linears = {name + ".weight": (linear.out_features, linear.in_features) for name, linear in block_linears(skeleton)}
+    linears |= expert_matrices(skeleton)
     with Reader(tensors) as raw, Reader(named) as by_name:
         yield Source(folder, skeleton, raw, by_name, linears)
 

@@ -21,6 +21,7 @@ from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE
 from fsdp_qlora.quantize import quantize
 from tests.e2e.conftest import save_tokenizer
 from tests.limited import run_limited, weights_bytes
+from tests.parity.reference import NF4, load_base
 from tests.tiny import save_tiny
 from tests.unit.test_quantize import save_gemma3, tensors_of
 
@@ -225,6 +226,21 @@ def test_image_models(tmp_path: Path) -> None:
     before, after = tensors_of(base), tensors_of(tmp_path / "out")
     changed = {name for name, value in before.items() if not after[name].equal(value.float())}
     assert changed == {name for name in before if "language_model" in name and "o_proj" in name}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe"])
+def test_mixtures_of_experts(tmp_path: Path, family: str) -> None:
+    """Experts have no update, and get the values that training computed with."""
+    base = save_base(family, tmp_path / "base")
+    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"])
+    record = merge(adapter, tmp_path / "out", output="fp32")
+    written = record["logit_errors"]["dequantized (written)"]
+    reference = PeftModel.from_pretrained(load_base(base, NF4, torch.float32), adapter).train()
+    with torch.no_grad():
+        expected = reference(IDS).logits
+    torch.testing.assert_close(logits_of(tmp_path / "out"), expected, rtol=1e-5, atol=1e-5)
+    assert written["largest"] < 1e-5
+    assert record["logit_errors"]["original"]["largest"] > 1e-3
 
 
 def test_the_record_of_the_run_says_what_the_base_was(

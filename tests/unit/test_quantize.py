@@ -79,7 +79,9 @@ def test_output_is_what_transformers_saves(
     assert loaded(ids).logits.equal(theirs(ids).logits)
 
 
-def test_our_loader_gives_the_same_base(base: Path, ranks: Ranks, tmp_path: Path) -> None:
+@pytest.mark.parametrize("family", ["llama", "mixtral"])
+def test_our_loader_gives_the_same_base(ranks: Ranks, tmp_path: Path, family: str) -> None:
+    base = save_tiny(family, tmp_path / "base", torch.bfloat16, num_hidden_layers=2)
     quantize(config_for(base, tmp_path / "out", max_shard_size="40KB"))
     found = [
         build_model(folder, ranks, QuantSettings(), None, torch.float32).fingerprint
