@@ -2,8 +2,9 @@
 
     python scripts/random_checkpoint.py --shape llama-70b --folder /tmp/llama-70b [--num_blocks 80]
 
-The 4-bit codes are random and the scales lie around 0.05, so that values stay finite through all blocks. A tokenizer of
-single bytes and a text dataset (data.jsonl) are saved beside the weights, so that train.py runs on the folder.
+The shapes are llama-8b, llama-70b, and the mixtures of experts qwen3-30b-a3b and qwen3-235b-a22b. The 4-bit codes are random
+and the scales lie around 0.05, so that values stay finite through all blocks. A tokenizer of single bytes and a text dataset
+(data.jsonl) are saved beside the weights, so that train.py runs on the folder.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor
-from transformers import LlamaConfig, PreTrainedTokenizerFast
+from transformers import LlamaConfig, PretrainedConfig, PreTrainedTokenizerFast, Qwen3MoeConfig
 
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.weights.bnb_format import describe
@@ -38,6 +39,51 @@ SHAPES = {
         "num_attention_heads": 64,
     },
 }
+
+
+MOE_SHAPES = {
+    "qwen3-30b-a3b": {
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 48,
+        "num_attention_heads": 32,
+    },
+    "qwen3-235b-a22b": {
+        "hidden_size": 4096,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 1536,
+        "num_hidden_layers": 94,
+        "num_attention_heads": 64,
+    },
+}
+
+
+def model_config(shape: str, num_blocks: int | None = None) -> PretrainedConfig:
+    """Return the configuration of a shape of either kind."""
+    return moe_config(shape, num_blocks) if shape in MOE_SHAPES else llama_config(shape, num_blocks)
+
+
+def moe_config(shape: str, num_blocks: int | None = None) -> Qwen3MoeConfig:
+    """Return the configuration of a Qwen3 mixture of experts of this size."""
+    settings = dict(MOE_SHAPES[shape])
+    if num_blocks is not None:
+        settings["num_hidden_layers"] = num_blocks
+    return Qwen3MoeConfig(
+        **settings,
+        num_experts=128,
+        num_experts_per_tok=8,
+        norm_topk_prob=True,
+        num_key_value_heads=4,
+        head_dim=128,
+        vocab_size=151936,
+        max_position_embeddings=40960,
+        tie_word_embeddings=False,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+        rope_parameters={"rope_type": "default", "rope_theta": 1000000.0},
+    )
 
 
 def llama_config(shape: str, num_blocks: int | None = None) -> LlamaConfig:
@@ -69,29 +115,37 @@ def quantized_tensors(name: str, out_features: int, in_features: int, device: st
     return {name: codes.cpu(), **{f"{name}.{part}": value.cpu().clone() for part, value in state.items()}}
 
 
-def block_shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
-    """Return the matrices of a decoder block by name, [out, in]."""
-    hidden, inner = config.hidden_size, config.intermediate_size
-    kv = hidden // config.num_attention_heads * config.num_key_value_heads
-    return {
-        "self_attn.q_proj": (hidden, hidden),
+def block_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
+    """Return the matrices of a decoder block that are quantised by name, [out, in]."""
+    hidden = config.hidden_size
+    head_dim = getattr(config, "head_dim", None) or hidden // config.num_attention_heads
+    query, kv = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
+    attention = {
+        "self_attn.q_proj": (query, hidden),
         "self_attn.k_proj": (kv, hidden),
         "self_attn.v_proj": (kv, hidden),
-        "self_attn.o_proj": (hidden, hidden),
-        "mlp.gate_proj": (inner, hidden),
-        "mlp.up_proj": (inner, hidden),
-        "mlp.down_proj": (hidden, inner),
+        "self_attn.o_proj": (hidden, query),
     }
+    num_experts = getattr(config, "num_experts", 0)
+    prefixes = [f"mlp.experts.{expert}" for expert in range(num_experts)] or ["mlp"]
+    inner = config.moe_intermediate_size if num_experts else config.intermediate_size
+    parts = {"gate_proj": (inner, hidden), "up_proj": (inner, hidden), "down_proj": (hidden, inner)}
+    return attention | {f"{prefix}.{part}": shape for prefix in prefixes for part, shape in parts.items()}
 
 
-def block_tensors(config: LlamaConfig, index: int, device: str) -> dict[str, Tensor]:
+def block_tensors(config: PretrainedConfig, index: int, device: str) -> dict[str, Tensor]:
     """Return the tensors of one decoder block."""
     prefix = f"model.layers.{index}."
     tensors: dict[str, Tensor] = {}
     for name, (out_features, in_features) in block_shapes(config).items():
         tensors |= quantized_tensors(f"{prefix}{name}.weight", out_features, in_features, device)
-    for name in ("input_layernorm", "post_attention_layernorm"):
-        tensors[f"{prefix}{name}.weight"] = torch.ones(config.hidden_size, dtype=torch.bfloat16)
+    norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
+    if num_experts := getattr(config, "num_experts", 0):
+        router = torch.randn(num_experts, config.hidden_size, device=device) * 0.02
+        tensors[f"{prefix}mlp.gate.weight"] = router.bfloat16().cpu()
+        norms |= {"self_attn.q_norm": config.head_dim, "self_attn.k_norm": config.head_dim}
+    for name, width in norms.items():
+        tensors[f"{prefix}{name}.weight"] = torch.ones(width, dtype=torch.bfloat16)
     return tensors
 
 
@@ -113,12 +167,12 @@ def save_data(folder: Path, num_rows: int = 400, characters: int = 4000) -> None
 
 
 def make(shape: str, folder: str, num_blocks: int | None = None) -> None:
-    """Write the checkpoint, tokenizer and data of a shape (llama-8b, llama-70b) into a folder."""
+    """Write the checkpoint, tokenizer and data of a shape into a folder."""
     started = time.monotonic()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    config = llama_config(shape, num_blocks)
+    config = model_config(shape, num_blocks)
     weight_map: dict[str, str] = {}
 
     def save(tensors: dict[str, Tensor], file: str) -> None:

@@ -65,4 +65,8 @@ ALIASES: dict[str, Alias] = {
     "glm4-9b": Alias("zai-org/GLM-4-9B-0414"),
     "glm4-32b": Alias("zai-org/GLM-4-32B-0414"),
     "exaone4-32b": Alias("LGAI-EXAONE/EXAONE-4.0-32B"),
+    "qwen3-30b-a3b": Alias("Qwen/Qwen3-30B-A3B-Instruct-2507"),
+    "qwen3-coder-30b-a3b": Alias("Qwen/Qwen3-Coder-30B-A3B-Instruct"),
+    "qwen3-235b-a22b": Alias("Qwen/Qwen3-235B-A22B-Instruct-2507"),
+    "mixtral-8x7b": Alias("mistralai/Mixtral-8x7B-Instruct-v0.1"),
 }
