@@ -22,7 +22,7 @@ from fsdp_qlora.errors import CheckpointError, ConfigError, WeightsError
 from fsdp_qlora.lora_config import lora_settings
 from fsdp_qlora.merged_weights import Weights
 from fsdp_qlora.models.hub import resolve
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears
 from fsdp_qlora.quant.lora import adapted_layers
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.standalone import (
@@ -130,7 +130,7 @@ def run(config: InitializeConfig) -> None:
             raise WeightsError(f"{folder}: is quantised already; give the model in 16 or 32 bits")
         source.check(quant)
         lora = lora_settings(config)
-        layers = [name.removesuffix(".weight") for name in source.linears]
+        layers = [name for name, _ in block_linears(source.skeleton)]
         adapted = adapted_layers(layers, lora)
         _check_ranks(source, lora, adapted)
         work = Initialization(source, Weights(source, quant, device), lora, adapted, quant, config)
@@ -161,11 +161,11 @@ def _say(line: str) -> None:
 
 def _check_ranks(source: Source, lora: LoraSettings, adapted: set[str]) -> None:
     for layer in sorted(adapted):
-        linear = source.linears[f"{layer}.weight"]
-        largest = min(linear.in_features, linear.out_features)
+        shape = source.linears[f"{layer}.weight"]
+        largest = min(shape)
         if lora.rank_of(layer) > largest:
             raise ConfigError(
-                f"rank {lora.rank_of(layer)} of {layer}: a matrix of {linear.out_features} x {linear.in_features} has rank"
+                f"rank {lora.rank_of(layer)} of {layer}: a matrix of {shape[0]} x {shape[1]} has rank"
                 f" {largest} at most; lower --lora_rank or --rank_pattern"
             )
 
