@@ -90,6 +90,10 @@ start() {
 
 stop() {
     local file
+    # jobs outlive the daemons otherwise
+    SLURM_CONF=$dir/slurm.conf timeout 10 scancel --signal=KILL --full --user="$(id -un)" 2>/dev/null || true
+    SLURM_CONF=$dir/slurm.conf timeout 10 scancel --user="$(id -un)" 2>/dev/null || true
+    sleep 2
     for file in "$dir"/slurmd-*.pid "$dir/slurmctld.pid" "$dir/munged.pid"; do
         [[ -f $file ]] || continue
         kill "$(<"$file")" 2>/dev/null || true
