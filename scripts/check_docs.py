@@ -18,8 +18,8 @@ FLAG = re.compile(r"(?<![\w-])--([a-z][a-z_0-9]+)(?![\w-])")
 COMMAND = re.compile(r"(?:^|`)fsdp-qlora ([a-z]+)", re.MULTILINE)
 PATH = re.compile(r"`((?:fsdp_qlora|tests|scripts|docs|launch)/[\w./-]*)`")
 
-OTHER_FLAGS = {"nproc_per_node", "nnodes", "help", "config", "version", "outtype", "outfile"}
-"""Flags of torchrun, of llama.cpp and of the command line itself."""
+OTHER_FLAGS = {"nproc_per_node", "nnodes", "help", "config", "version", "outtype", "outfile", "signal"}
+"""Flags of torchrun, of llama.cpp, of SLURM and of the command line itself."""
 
 
 def pages(root: Path) -> list[Path]:
