@@ -28,4 +28,4 @@ def test_names_tell_ready_made_4_bit_checkpoints() -> None:
 
 def test_only_the_vendors_own_repositories_are_gated() -> None:
     gated = {alias.repo.split("/")[0] for alias in ALIASES.values() if alias.gated and alias.repo}
-    assert gated == {"meta-llama", "google"}
+    assert gated == {"meta-llama", "google", "CohereLabs"}
