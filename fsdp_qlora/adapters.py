@@ -18,9 +18,9 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import CheckpointError, ModelError
 from fsdp_qlora.files import FileRecord, write_new, write_tensors
-from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter
+from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_record
 from fsdp_qlora.parallel import LossModel
-from fsdp_qlora.quant.adapt import LoraSettings, lora_linears
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import pattern_value
 
@@ -203,6 +203,12 @@ class TrainedAdapter:
 
     lora: LoraSettings
     matrices: dict[str, Tensor]
+
+    @property
+    def quant(self) -> QuantSettings:
+        """The form of the base in training, as the run's record says; the default without one."""
+        base = read_record(self.folder).get("base", {})
+        return QuantSettings(base.get("quant_type", "nf4"), base.get("double_quant", True))
 
 
 def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:

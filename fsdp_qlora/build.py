@@ -119,7 +119,7 @@ def build_model(
         layers = [name for name, _ in block_linears(skeleton)]
         if adapter is not None:
             check_layers(adapter, layers)
-        quant = detect_quantization(reader, [name + ".weight" for name in layers], quant)
+        quant = detect_quantization(reader, [name + ".weight" for name in layers], quant).held(dtype)
         parallelized = parallelize(
             skeleton,
             ranks,

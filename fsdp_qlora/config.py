@@ -35,8 +35,9 @@ class TrainConfig(MethodSettings, DataSettings):
     """Settings of one fine-tuning run. The text under each field is its documentation everywhere."""
 
     # --- base weights ---
-    quant_type: Literal["nf4", "fp4"] = "nf4"
-    """4-bit code of the frozen base; ignored for checkpoints that are already quantised, which keep theirs."""
+    quant_type: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit code of the frozen base, or none to hold it in the dtype of --precision, sharded and offloaded all the same;
+    ignored for checkpoints that are already quantised, which keep theirs."""
 
     double_quant: bool = True
     """Quantise the block scales too (0.37 bit per weight less); bitsandbytes' double quantisation."""

@@ -14,7 +14,6 @@ from fsdp_qlora.distributed import compute_dtype, process_group
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
-from fsdp_qlora.quant.adapt import QuantSettings
 
 
 def run(config: GenerateConfig) -> None:
@@ -43,7 +42,7 @@ def answer(config: GenerateConfig) -> str:
         built = build_model(
             base_folder,
             ranks,
-            QuantSettings(),
+            adapter.quant,
             adapter.lora,
             compute_dtype(config.precision, ranks.device),
             adapter=adapter.matrices,

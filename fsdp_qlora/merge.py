@@ -166,11 +166,17 @@ def _plan(config: MergeConfig, source: Source, adapter: Adapter, record: dict[st
         quant = replace(quant, quant_type=config.quant_type)
     if config.double_quant is not None:
         quant = replace(quant, double_quant=config.double_quant)
+    quant = quant.held(torch.float32)  # where nothing was quantised there are no scales either
     found = detect_quantization(source.named, source.linears, quant)
     if found != quant and (config.quant_type != "auto" or config.double_quant is not None):
         raise ConfigError(
             f"--quant_type and --double_quant: {source.folder} is quantised already, as {found.quant_type}, double"
             f" quantisation {found.double_quant}; leave the settings out"
+        )
+    if config.output == "4bit" and not found.is_4bit:
+        raise ConfigError(
+            f"--output=4bit: the base was not quantised in training, but held in {found.quant_type}; merge with"
+            " --output=bf16 and run `fsdp-qlora quantize` on the result"
         )
     if config.merge_base == "original" and source.is_quantized:
         raise ConfigError(

@@ -108,7 +108,7 @@ def _usage(repo: str, base: str, is_adapter: bool, form: Mapping[str, Any]) -> s
             f'base = AutoModelForCausalLM.from_pretrained("{base}")',
             f'model = PeftModel.from_pretrained(base, "{repo}")',
         ]
-        if "quant_type" in form:
+        if form.get("quant_type") in ("nf4", "fp4"):
             names.append("BitsAndBytesConfig")
             lines[:1] = [
                 "form = BitsAndBytesConfig(",
@@ -135,9 +135,10 @@ def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
 
 def _merging(merge: Mapping[str, Any]) -> str:
     form = f"{merge['quant_type']}, double quantisation {show(merge['double_quant'])}"
+    base = f"quantised to 4 bits ({form})" if merge["quant_type"] in ("nf4", "fp4") else f"in {merge['quant_type']}"
     text = (
-        f"The adapter was trained on the base quantised to 4 bits ({form}) and was added to the {merge['merge_base']}"
-        f" weights. Output: {merge['output']}."
+        f"The adapter was trained on the base {base} and was added to the {merge['merge_base']} weights."
+        f" Output: {merge['output']}."
     )
     if "logit_errors" not in merge:
         return text

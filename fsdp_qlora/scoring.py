@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ def _build(config: EvaluateConfig, ranks: Ranks, base: Path, adapter: TrainedAda
     return build_model(
         base,
         ranks,
-        QuantSettings(num_shards=ranks.num_shards),
+        replace(adapter.quant if adapter else QuantSettings(), num_shards=ranks.num_shards),
         adapter.lora if adapter else None,
         compute_dtype(config.precision, ranks.device),
         memory=MemorySettings(offload_blocks=min(config.offload_blocks, num_blocks)),

@@ -36,6 +36,7 @@ adapter, goes on from one (`--adapter`), resumes, and is merged by `fsdp-qlora m
 | adapt some blocks only | `--layers_to_transform 0-15` |
 | give layers other ranks or alphas | `--rank_pattern q_proj=8,down_proj=32`, `--alpha_pattern ...` |
 | go on from an adapter, ours or PEFT's | `--adapter runs/first` (its config decides rank, alpha and targets) |
+| not quantise the base, but shard and offload it all the same | `--quant_type none` |
 | begin with the largest singular directions (PiSSA) | `fsdp-qlora initialize`, see below |
 | begin with a correction of the 4-bit error (LoftQ) | `fsdp-qlora initialize --method loftq`, see below |
 

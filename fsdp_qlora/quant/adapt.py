@@ -20,12 +20,27 @@ from fsdp_qlora.quant.lora import adapted_layers
 
 @dataclass(frozen=True)
 class QuantSettings:
-    """How the base is quantised and stored."""
+    """How the base is quantised and stored.
+
+    Attributes:
+        quant_type: 'nf4' or 'fp4'; 'none' for the dtype of the computation; or one of layout.DENSE_DTYPES.
+    """
 
     quant_type: str = "nf4"
     double_quant: bool = True
     storage: str = "float32"
     num_shards: int = 1
+
+    @property
+    def is_4bit(self) -> bool:
+        return self.quant_type in ("nf4", "fp4")
+
+    def held(self, dtype: torch.dtype) -> QuantSettings:
+        """Return the form in which a base that computes in `dtype` is held: 'none' is no form."""
+        if self.is_4bit:
+            return self
+        held = str(dtype).removeprefix("torch.") if self.quant_type == "none" else self.quant_type
+        return replace(self, quant_type=held, double_quant=False)
 
 
 def block_linears(skeleton: Skeleton) -> list[tuple[str, nn.Linear]]:
@@ -92,6 +107,7 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
     Raises:
         ModelError: a LoRA target, block or pattern that matches no layer.
     """
+    quant = quant.held(dtype)
     linears = block_linears(skeleton)
     adapted = adapted_layers([name for name, _ in linears], lora) if lora is not None else set()
     _quantize_experts(skeleton, quant)

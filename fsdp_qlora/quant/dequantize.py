@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.quant.layout import Layout
-from fsdp_qlora.quant.nf4 import dequantize_reference
+from fsdp_qlora.quant.nf4 import dense_matrix, dequantize_reference
 
 
 def _dequantize(
@@ -80,6 +80,8 @@ def dequantize(
         beside: [out, r], columns to put to the right of the matrix.
         below: [r, in], rows to put under it.
     """
+    if layout.dense_dtype is not None and beside is None and below is None:
+        return dense_matrix(packed, layout).to(dtype)  # a view where the dtype is the same
     if not torch.compiler.is_compiling():
         return _dequantize(packed, layout, dtype, beside, below)
     result: Tensor = _dequantize_op(

@@ -1,7 +1,8 @@
-"""The flat 4-bit parameter: where the codes and statistics of one quantised matrix lie in one run of bytes.
+"""The flat parameter of a frozen matrix: where the codes and statistics of one quantised matrix lie in one run of bytes.
 
     [ codes: out*in/2 | absmax: 1 byte a block | nested absmax: fp32 | offset: fp32 | padding ]     double quantisation
     [ codes: out*in/2 | absmax: fp32 a block                                        | padding ]     without
+    [ weights: out*in in 16 or 32 bits                                              | padding ]     not quantised
 
 Sections begin at multiples of 16 bytes. FSDP shards, offloads, prefetches and gathers the bytes as one 1-D parameter, so
 the statistics always travel with the weights they belong to.
@@ -28,6 +29,10 @@ STORAGE_DTYPES = {
     "bfloat16": torch.bfloat16,
     "float16": torch.float16,
 }
+
+
+DENSE_DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+"""What a matrix may be held in that is not quantised, by the `quant_type` that says so."""
 
 
 def _align(size: int, multiple: int) -> int:
@@ -67,17 +72,27 @@ class Layout:
         return self.out_features * self.in_features
 
     @property
+    def dense_dtype(self) -> torch.dtype | None:
+        """dtype of the weights where they are not quantised."""
+        return DENSE_DTYPES.get(self.quant_type)
+
+    @property
     def num_blocks(self) -> int:
         return -(-self.num_weights // BLOCKSIZE)
 
     @cached_property
     def codes(self) -> Section:
+        """The 4-bit codes, or the weights themselves."""
+        if self.dense_dtype is not None:
+            return Section(0, self.num_weights * self.dense_dtype.itemsize)
         return Section(0, (self.num_weights + 1) // 2)
 
     @cached_property
     def absmax(self) -> Section:
         """uint8 codes of the scales under double quantisation, the fp32 scales themselves without."""
         start = _align(self.codes.stop, SECTION_ALIGNMENT)
+        if self.dense_dtype is not None:
+            return Section(start, start)
         return Section(start, start + self.num_blocks * (1 if self.double_quant else 4))
 
     @cached_property

@@ -38,9 +38,9 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     return total.addmm_(left, right)
 
 
-def _widens(rank: int) -> bool:
-    """Whether a matrix widened by the rank keeps the alignment (16 bytes) that fast kernels need."""
-    return rank % 8 == 0
+def _widens(rank: int, layout: Layout) -> bool:
+    """Whether a matrix widened by the rank keeps the alignment (16 bytes) that fast kernels need, and is made anyway."""
+    return rank % 8 == 0 and layout.dense_dtype is None
 
 
 def _forward_product(
@@ -53,7 +53,7 @@ def _forward_product(
     """
     if a_TR is None or lora_B is None:
         return F.linear(x_TI, dequantize(packed, layout, x_TI.dtype, "forward"), bias)
-    if layout.out_features > layout.in_features and _widens(a_TR.shape[1]):
+    if layout.out_features > layout.in_features and _widens(a_TR.shape[1], layout):
         weight = dequantize(packed, layout, x_TI.dtype, "forward", beside=lora_B)
         return F.linear(torch.cat((x_TI, a_TR), 1), weight, bias)
     y_TO = F.linear(x_TI, dequantize(packed, layout, x_TI.dtype, "forward"), bias)
@@ -62,7 +62,7 @@ def _forward_product(
 
 def _backward_product(dy_TO: Tensor, g_TR: Tensor, packed: Tensor, lora_A: Tensor, layout: Layout) -> Tensor:
     """Return dy W + g A, as one product [dy | g] [W; A] where the result is wider than dy (see _forward_product)."""
-    if layout.in_features > layout.out_features and _widens(g_TR.shape[1]):
+    if layout.in_features > layout.out_features and _widens(g_TR.shape[1], layout):
         weight = dequantize(packed, layout, dy_TO.dtype, "backward", below=lora_A)
         return torch.cat((dy_TO, g_TR), 1) @ weight
     dx_TI = dy_TO @ dequantize(packed, layout, dy_TO.dtype, "backward")

@@ -11,6 +11,7 @@ import functools
 
 import bitsandbytes.functional as bnb
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
@@ -83,8 +84,21 @@ def pack_statistics(absmax: Tensor, layout: Layout) -> Tensor:
     return tail
 
 
+def dense_bytes(weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return weights that are not quantised as bytes, uint8 1-D."""
+    return weights.reshape(-1).to(dtype).view(torch.uint8)
+
+
+def dense_matrix(packed: Tensor, layout: Layout) -> Tensor:
+    """Return a matrix that is not quantised as a view [out, in] of its gathered flat parameter."""
+    assert layout.dense_dtype is not None
+    return packed.view(layout.dense_dtype)[: layout.num_weights].view(layout.out_features, layout.in_features)
+
+
 def quantize_matrix(weight: Tensor, layout: Layout) -> Tensor:
     """Return a whole matrix [out, in] as the bytes of its flat parameter, uint8 [num_bytes]."""
+    if layout.dense_dtype is not None:
+        return F.pad(dense_bytes(weight, layout.dense_dtype), (0, layout.num_bytes - layout.codes.stop))
     codes, absmax = quantize_blocks(weight.reshape(-1), layout.quant_type)
     flat = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=weight.device)
     flat[: layout.codes.stop] = codes
@@ -114,6 +128,8 @@ def dequantize_reference(packed: Tensor, layout: Layout, dtype: torch.dtype) -> 
     Args:
         packed: gathered flat parameter, any storage dtype, 1-D.
     """
+    if layout.dense_dtype is not None:
+        return dense_matrix(packed, layout).to(dtype)
     flat = packed.view(torch.uint8)
     codes = flat[: layout.codes.stop].view(-1, 1)
     shape = (layout.out_features, layout.in_features)

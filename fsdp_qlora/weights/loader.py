@@ -22,7 +22,7 @@ from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
-from fsdp_qlora.quant.nf4 import pack_statistics, quantize_blocks, quantize_matrix
+from fsdp_qlora.quant.nf4 import dense_bytes, pack_statistics, quantize_blocks, quantize_matrix
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import check_quantized, check_shape, is_quantized, read_quant_state, require_finite
@@ -184,6 +184,8 @@ class Loader:
         flat = torch.zeros(layout.shard_bytes, dtype=torch.uint8, device=self.ranks.device)
         if is_quantized(self.reader.tensors, name):
             copy_quantized(self.reader, name, layout, flat, shard.start)
+        elif layout.dense_dtype is not None:
+            self._copy_dense(name, layout, layout.dense_dtype, shard.start, flat)
         else:
             self._quantize(name, layout, shard.start, flat)
         self._fingerprints[module.name] = fingerprint(flat, shard.start)
@@ -216,6 +218,13 @@ class Loader:
         weights = self.reader.read(name).to(self.ranks.device)
         require_finite(weights, self.reader, name)
         return quantize_matrix(weights, layout)
+
+    def _copy_dense(self, name: str, layout: Layout, dtype: torch.dtype, start: int, flat: Tensor) -> None:
+        begin, end = min(start, layout.codes.stop), min(start + flat.numel(), layout.codes.stop)
+        if begin < end:
+            weights = self.reader.read(name, begin // dtype.itemsize, end // dtype.itemsize)
+            require_finite(weights, self.reader, name)
+            flat[: end - begin] = dense_bytes(weights, dtype).to(flat.device)
 
     def _quantize(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
         failure: WeightsError | None = None

@@ -18,6 +18,7 @@ from tests.faults.jobs import SETTINGS, losses, make_inputs, state, train
 METHODS: dict[str, dict[str, Any]] = {
     "plain": {"use_rslora": True, "rank_pattern": "q_proj=2,down_proj=6", "loraplus_lr_ratio": 4},
     "DoRA": {"use_dora": True, "cpu_offload": "all", "activation_checkpointing": "full"},
+    "not quantised": {"quant_type": "none", "cpu_offload": "all"},
     "some blocks": {"layers_to_transform": "1", "lora_target_modules": "q_proj,up_proj", "alpha_pattern": "q_proj=3"},
 }
 
@@ -32,6 +33,11 @@ def adapter_of(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     return json.loads((folder / CONFIG_FILE).read_text()), load_file(folder / WEIGHTS_FILE)
 
 
+def fingerprint(run: Path) -> str:
+    found: str = json.loads((run / "run.json").read_text())["base"]["fingerprint"]
+    return found
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_train_resume_and_continue(inputs: dict[str, Any], tmp_path: Path, method: str) -> None:
     whole, cut, further = (tmp_path / name for name in ("whole", "cut", "further"))
@@ -44,9 +50,11 @@ def test_train_resume_and_continue(inputs: dict[str, Any], tmp_path: Path, metho
 
     rates = {"lr": 1e-12, "loraplus_lr_ratio": 1, "output_dir": further, "adapter": whole, "max_steps": 1}
     continued = {name: value for name, value in inputs.items() if not name.startswith("lora_r")} | rates
+    continued["quant_type"] = settings.get("quant_type", "nf4")
     assert train(1, continued) == [0], further.with_suffix(".log").read_text()
     (config, matrices), (further_config, further_matrices) = adapter_of(whole), adapter_of(further)
     assert further_config == config
+    assert fingerprint(further) == fingerprint(whole), "one rank and two hold other bytes"
     assert matrices.keys() == further_matrices.keys()
     for name, value in matrices.items():
         torch.testing.assert_close(further_matrices[name], value, rtol=0, atol=1e-10)

@@ -53,17 +53,20 @@ class Pair:
 def load_base(
     folder: Path, quant: QuantSettings, dtype: torch.dtype, auto_class: type = AutoModelForCausalLM
 ) -> PreTrainedModel:
-    """Return transformers' model with bitsandbytes' 4-bit layers, on the CPU."""
-    config = BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=quant.quant_type,
-        bnb_4bit_use_double_quant=quant.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    """Return transformers' model on the CPU, with bitsandbytes' 4-bit layers unless it is not to be quantised."""
+    config = None
+    if quant.is_4bit:
+        config = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type=quant.quant_type,
+            bnb_4bit_use_double_quant=quant.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
     model = auto_class.from_pretrained(
         folder, quantization_config=config, dtype=dtype, device_map={"": "cpu"}, attn_implementation="eager"
     )
-    _round_experts(model, quant)
+    if quant.is_4bit:
+        _round_experts(model, quant)
     return model
 
 

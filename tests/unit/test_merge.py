@@ -164,6 +164,22 @@ def test_dora_is_merged_as_by_peft(tmp_path: Path) -> None:
     assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-4
 
 
+def test_a_base_that_was_not_quantised(base: Path, adapter: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "adapter").mkdir(parents=True)
+    for name in (CONFIG_FILE, WEIGHTS_FILE):
+        (folder / "adapter" / name).write_bytes((adapter / name).read_bytes())
+    (folder / "run.json").write_text(json.dumps({"base": {"quant_type": "bfloat16", "double_quant": False}}))
+    record = merge(folder, tmp_path / "out", output="fp32")
+    assert record["quant_type"] == "bfloat16"
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(model, adapter)(IDS).logits
+    assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-4
+    with pytest.raises(ConfigError, match="the base was not quantised in training"):
+        merge(folder, tmp_path / "no", output="4bit")
+
+
 def test_4bit_result_is_the_merged_model_quantised(base: Path, adapter: Path, tmp_path: Path) -> None:
     record = merge(adapter, tmp_path / "out", output="4bit")
     merge(adapter, tmp_path / "bf16")
