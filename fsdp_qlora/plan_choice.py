@@ -12,8 +12,9 @@ import torch.distributed as dist
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.memory import GIB, available_host_bytes
+from fsdp_qlora.model_shape import ModelShape
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, ModelShape, Run, estimate
+from fsdp_qlora.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, Run, estimate
 
 RESERVE = 0.02
 """Share of a GPU that a choice leaves free, for estimates that are a little low."""

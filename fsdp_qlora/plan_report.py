@@ -15,6 +15,7 @@ from fsdp_qlora.config import PlanConfig
 from fsdp_qlora.distributed import compute_dtype
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.memory import GIB
+from fsdp_qlora.model_shape import ModelShape, model_shape
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.parallel import spread
 from fsdp_qlora.plan_choice import (
@@ -31,7 +32,7 @@ from fsdp_qlora.plan_choice import (
     refusal,
     smallest_gpu,
 )
-from fsdp_qlora.planner import Estimate, ModelShape, Run, model_shape
+from fsdp_qlora.planner import Estimate, Run
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
 

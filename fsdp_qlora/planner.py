@@ -7,31 +7,13 @@ which are there to be fitted to measurements.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from dataclasses import dataclass, field, replace
-from pathlib import Path
-
-import torch
-from torch import Tensor, nn
 
 from fsdp_qlora import loss
 from fsdp_qlora.memory import GIB
-from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
+from fsdp_qlora.model_shape import ModelShape, Widths
 from fsdp_qlora.parallel import MemorySettings, spread
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers, quantize_and_adapt
-from fsdp_qlora.quant.experts import ExpertStack
-
-
-@dataclass(frozen=True)
-class Widths:
-    """Elements a token takes in the tensors of a block; `norm` sums over the inputs of all its norms."""
-
-    norm: int
-    hidden: int
-    query: int
-    key_value: int
-    intermediate: int
 
 
 @dataclass(frozen=True)
@@ -91,165 +73,6 @@ CONTEXT_BYTES = GIB // 2
 
 PROCESS_BYTES = 3 * GIB // 2
 """Host memory of one process: Python, torch, CUDA."""
-
-
-@dataclass(frozen=True)
-class BlockShape:
-    """Bytes of one decoder block's parameters, whole and in this rank's part: 4-bit, other frozen, LoRA (float32).
-
-    `num_weights` counts the quantised weights that one token meets: of experts those it is sent to.
-    """
-
-    packed: int
-    packed_part: int
-    frozen: int
-    frozen_part: int
-    lora: int
-    lora_part: int
-    num_weights: int
-
-    @property
-    def gathered(self) -> int:
-        return self.packed + self.frozen + self.lora
-
-
-@dataclass(frozen=True)
-class ModelShape:
-    """What the planner knows of a model, as one rank of `num_shards` holds it.
-
-    Attributes:
-        blocks: the decoder blocks.
-        norm_part: bytes of this rank's part of the final norm.
-        vocabulary_rows, vocabulary_part_rows: rows of the head, whole and in this rank's part.
-        tied: whether the embedding is the same matrix.
-        widths: see Widths.
-        num_heads: query heads.
-        largest_weights: of the quantised matrices of a block, the only one that is dequantised at a time.
-        largest_packed: bytes of the largest 4-bit parameter, which is one matrix, or that of all experts.
-        lora_widths: sums over the LoRA layers of a block: rank, input width, and with DoRA output width.
-        itemsize: bytes of the compute dtype.
-        softcapped: whether logits, and whether attention scores, are soft-capped.
-        max_positions: the model's longest context.
-    """
-
-    num_shards: int
-    blocks: tuple[BlockShape, ...]
-    norm_part: int
-    vocabulary_rows: int
-    vocabulary_part_rows: int
-    tied: bool
-    widths: Widths
-    num_heads: int
-    largest_weights: int
-    largest_packed: int
-    lora_widths: tuple[int, int, int]
-    itemsize: int
-    softcapped: tuple[bool, bool]
-    max_positions: int
-
-    @property
-    def head_bytes(self) -> int:
-        return self.vocabulary_rows * self.widths.hidden * self.itemsize
-
-    @property
-    def vocabulary_part(self) -> int:
-        """Bytes of this rank's rows of embedding and head."""
-        rows = self.vocabulary_part_rows * (1 if self.tied else 2)
-        return rows * self.widths.hidden * self.itemsize
-
-    @functools.cached_property
-    def gathered(self) -> int:
-        return max(block.gathered for block in self.blocks)
-
-
-def model_shape(
-    folder: Path, quant: QuantSettings, lora: LoraSettings, dtype: torch.dtype, shard: int = 0
-) -> ModelShape:
-    """Measure the model of a folder with config.json as quantised, adapted and sharded; nothing is allocated.
-
-    Args:
-        quant: form of the base, including the number of shards; a quantised checkpoint keeps its own.
-        shard: whose part; the first is never smaller than the others.
-
-    Raises:
-        ModelError: unsupported model, or a LoRA target that matches nothing.
-    """
-    stored = getattr(read_config(folder)[0], "quantization_config", None)
-    if isinstance(stored, dict):
-        quant = replace(quant, double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)))
-    skeleton = build_skeleton(folder, dtype)
-    quantize_and_adapt(skeleton, quant, lora, dtype)
-    config = skeleton.config
-    block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
-    layouts = [layer.layout for layer in packed_layers(block)]
-    adapted = [linear.lora_A.shape for linear in lora_linears(block) if linear.lora_A is not None]
-    dora = [linear.out_features for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
-    head = skeleton.vocabulary.weight
-    norm = skeleton.decoder.norm
-    assert isinstance(head, Tensor)
-    assert isinstance(norm, nn.Module)
-    return ModelShape(
-        num_shards=quant.num_shards,
-        blocks=tuple(
-            _block_shape(block, quant.num_shards, shard, _experts_per_token(skeleton)) for block in skeleton.blocks
-        ),
-        norm_part=sum(_part(parameter, quant.num_shards, shard) for parameter in norm.parameters()),
-        vocabulary_rows=head.shape[0],
-        vocabulary_part_rows=_rows(head.shape[0], quant.num_shards, shard),
-        tied=skeleton.tied,
-        widths=_widths(skeleton),
-        num_heads=config.num_attention_heads,
-        largest_weights=max(layout.num_weights for layout in layouts),
-        largest_packed=max(layout.padded_bytes for layout in layouts),
-        lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
-        itemsize=dtype.itemsize,
-        softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
-        max_positions=config.max_position_embeddings,
-    )
-
-
-def _rows(rows: int, num_shards: int, shard: int) -> int:
-    """Return the rows of one shard: equal runs, of which the last may be shorter."""
-    size = -(-rows // num_shards)
-    return max(0, min(size, rows - shard * size))
-
-
-def _part(parameter: Tensor, num_shards: int, shard: int) -> int:
-    row_bytes = parameter.numel() // parameter.shape[0] * parameter.itemsize
-    return _rows(parameter.shape[0], num_shards, shard) * row_bytes
-
-
-def _block_shape(block: nn.Module, num_shards: int, shard: int, experts_per_token: int) -> BlockShape:
-    sums = {"packed": [0, 0], "lora": [0, 0], "frozen": [0, 0]}
-    for name, parameter in block.named_parameters():
-        kind = name.rpartition(".")[2].partition("_")[0]
-        both = sums[kind if kind in sums else "frozen"]
-        both[0] += parameter.numel() * parameter.itemsize
-        both[1] += _part(parameter, num_shards, shard)
-    num_weights = sum(
-        layer.layout.num_weights * (experts_per_token if isinstance(layer, ExpertStack) else 1)
-        for layer in packed_layers(block)
-    )
-    (packed, packed_part), (lora, lora_part), (frozen, frozen_part) = sums.values()
-    return BlockShape(packed, packed_part, frozen, frozen_part, lora, lora_part, num_weights)
-
-
-def _widths(skeleton: Skeleton) -> Widths:
-    config = skeleton.config
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    query, key_value = config.num_attention_heads * head_dim, config.num_key_value_heads * head_dim
-    named = skeleton.blocks[0].named_parameters()
-    norms = [parameter.numel() for name, parameter in named if name.endswith("norm.weight")]
-    per_head = [size for size in norms if size == head_dim != config.hidden_size]  # Qwen3, Gemma 3: norms of q and k
-    norm = sum(norms) - sum(per_head) + (query + key_value if per_head else 0)
-    # of experts, those of one token together: a little more than they take, as each works for itself
-    inner = [layer.layout for layer in packed_layers(skeleton.blocks[0]) if isinstance(layer, ExpertStack)]
-    intermediate = _experts_per_token(skeleton) * inner[0].out_features if inner else config.intermediate_size
-    return Widths(norm, config.hidden_size, query, key_value, intermediate)
-
-
-def _experts_per_token(skeleton: Skeleton) -> int:
-    return int(getattr(skeleton.config, "num_experts_per_tok", 1))
 
 
 @dataclass(frozen=True)

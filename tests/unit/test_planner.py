@@ -19,6 +19,7 @@ from fsdp_qlora.build import build_model
 from fsdp_qlora.config import PlanConfig, TrainConfig
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.model_shape import ModelShape, model_shape
 from fsdp_qlora.models import hub
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
@@ -33,7 +34,7 @@ from fsdp_qlora.plan_choice import (
     longest_context,
 )
 from fsdp_qlora.plan_report import Rates, step_seconds
-from fsdp_qlora.planner import SLACK, ModelShape, Run, estimate, model_shape
+from fsdp_qlora.planner import SLACK, Run, estimate
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
 from tests.tiny import COMMON, FAMILIES, save_tiny
