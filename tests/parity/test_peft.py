@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from fsdp_qlora.adapters import read_adapter, save_adapter
+from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.generate import generation_attention
@@ -177,6 +178,22 @@ def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path, family
     kept, recomputed = results
     assert kept.loss == recomputed.loss
     assert all(kept.grads[name].equal(grad) for name, grad in recomputed.grads.items())
+
+
+@pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
+def test_balancing_loss_is_that_of_transformers(ranks: Ranks, tmp_path: Path, family: str) -> None:
+    """Of one row, which transformers takes together too; with blocks that run again, and must not count twice."""
+    folder = save_tiny(family, tmp_path, output_router_logits=True, router_aux_loss_coef=0.5)
+    pair = reference.load_pair(folder, ranks)
+    ids = reference.random_ids(1, TOKENS, VOCABULARY)
+    expected = reference.reference_gradients(pair.peft, ids)
+    without = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    assert expected.loss > without.loss + 0.5
+    assert reference.max_gradient_difference(without, expected) > 0.1
+    pair.ours.root.balance = balance_routers(pair.ours.skeleton.model, pair.ours.skeleton.config, None)
+    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    assert found.loss == pytest.approx(expected.loss, rel=1e-6)
+    assert reference.max_gradient_difference(found, expected) < 1e-4
 
 
 def test_50_steps_follow_peft(ranks: Ranks, tmp_path: Path) -> None:

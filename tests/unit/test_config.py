@@ -88,6 +88,7 @@ def test_value_takes_its_settings_type(name: str, raw: object, value: object) ->
         ("lora_alpha", "0", "above 0"),
         ("lora_dropout", "1", "at least 0 and below 1"),
         ("lora_dropout", "-0.1", "at least 0 and below 1"),
+        ("router_aux_loss_coef", "-1", "at least 0"),
         ("lora_target_modules", "q_proj,,v_proj", "separated by commas"),
         ("lora_target_modules", "(q|v", "or a regular expression"),
         ("layers_to_transform", "4-", "such as 0-15,20"),

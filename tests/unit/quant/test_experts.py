@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import weakref
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import bitsandbytes.functional as bnb
 import pytest
@@ -11,10 +13,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.models.skeleton import build_skeleton
 from fsdp_qlora.quant import experts as experts_module
+from fsdp_qlora.quant.adapt import QuantSettings, quantize_and_adapt
 from fsdp_qlora.quant.experts import PARTS, QuantizedExperts
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
+from tests.tiny import save_tiny
 
 EXPERTS, HIDDEN, INNER, TOKENS, CHOICES = 5, 48, 72, 9, 2
 IDLE = 3
@@ -145,3 +151,18 @@ def test_compiled_code_around_them_computes_the_same() -> None:
     (expected,) = torch.autograd.grad(block(x).sum(), x)
     (found,) = torch.autograd.grad(compiled(x).sum(), x)
     assert found.equal(expected)
+
+
+@pytest.mark.parametrize(
+    ("family", "changes", "message"),
+    [
+        ("qwen3_moe", {"mlp_only_layers": [1]}, "3 of 4 decoder blocks have experts"),
+        ("mixtral", {"router_jitter_noise": 0.1}, "router_jitter_noise"),
+    ],
+)
+def test_what_cannot_be_trained_exactly_is_refused(
+    tmp_path: Path, family: str, changes: dict[str, Any], message: str
+) -> None:
+    skeleton = build_skeleton(save_tiny(family, tmp_path, **changes), torch.float32)
+    with pytest.raises(ModelError, match=message):
+        quantize_and_adapt(skeleton, QuantSettings(), None, torch.float32)
