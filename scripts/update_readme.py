@@ -1,4 +1,4 @@
-"""Write the tables of settings and models into README.md from the code, between their begin and end markers."""
+"""Write the tables of settings and models from the code into README.md and docs/settings.md, between their markers."""
 
 from __future__ import annotations
 
@@ -8,32 +8,49 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from fsdp_qlora.cli import COMMANDS
+from fsdp_qlora.cli import COMMANDS, Command
 from fsdp_qlora.models.aliases import ALIASES, Alias
 from fsdp_qlora.settings import Setting, describe, show
 
-README = Path(__file__).resolve().parents[1] / "README.md"
+ROOT = Path(__file__).resolve().parents[1]
+
+MAIN_COMMANDS = ("train", "plan")
+"""Commands whose settings are in README.md; those of the others are in docs/settings.md."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Update the file, or with --check only compare; return the exit code (1: stale, 2: no such file or marker)."""
+    """Update the pages, or with --check only compare; return the exit code (1: stale, 2: no such file or marker)."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("path", nargs="?", type=Path, default=README)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if the file is stale")
+    parser.add_argument("folder", nargs="?", type=Path, default=ROOT, help="where README.md and docs/ are")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a page is stale")
     arguments = parser.parse_args(argv)
-    try:
-        old = arguments.path.read_text(encoding="utf-8")
-        new = replace_block(replace_block(old, "flags", flags_block()), "models", models_block())
-    except (OSError, ValueError) as error:
-        print(f"error: {arguments.path}: {error}", file=sys.stderr)
-        return 2
-    if new == old:
-        return 0
-    if arguments.check:
-        print(f"error: {arguments.path} is stale; run: python scripts/update_readme.py", file=sys.stderr)
-        return 1
-    arguments.path.write_text(new, encoding="utf-8")
-    return 0
+    code = 0
+    for path, blocks in pages(arguments.folder).items():
+        try:
+            old = new = path.read_text(encoding="utf-8")
+            for name, content in blocks.items():
+                new = replace_block(new, name, content)
+        except (OSError, ValueError) as error:
+            print(f"error: {path}: {error}", file=sys.stderr)
+            return 2
+        if new == old:
+            continue
+        if arguments.check:
+            print(f"error: {path} is stale; run: python scripts/update_readme.py", file=sys.stderr)
+            code = 1
+        else:
+            path.write_text(new, encoding="utf-8")
+    return code
+
+
+def pages(folder: Path) -> dict[Path, dict[str, str]]:
+    """Return the generated blocks of each page, by name."""
+    first = [command for command in COMMANDS if command.name in MAIN_COMMANDS]
+    others = [command for command in COMMANDS if command.name not in MAIN_COMMANDS]
+    return {
+        folder / "README.md": {"flags": flags_block(first), "models": models_block()},
+        folder / "docs" / "settings.md": {"flags": flags_block(others)},
+    }
 
 
 def replace_block(text: str, name: str, content: str) -> str:
@@ -49,10 +66,10 @@ def replace_block(text: str, name: str, content: str) -> str:
     return pattern.sub(lambda _: f"{begin}\n{content}\n{end}", text)
 
 
-def flags_block() -> str:
-    """Return a table of settings for every section of every command."""
+def flags_block(commands: Sequence[Command]) -> str:
+    """Return a table of settings for every section of the commands."""
     lines: list[str] = []
-    for command in COMMANDS:
+    for command in commands:
         lines += [f"### `fsdp-qlora {command.name}`", "", command.summary]
         section = None
         for setting in describe(command.settings):

@@ -1,4 +1,4 @@
-"""The README's tables are made from the code, and stale ones are noticed."""
+"""The tables of the README and of docs/settings.md are made from the code, and stale ones are noticed."""
 
 from __future__ import annotations
 
@@ -8,10 +8,13 @@ from types import ModuleType
 
 import pytest
 
+from fsdp_qlora.cli import COMMANDS
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.models.aliases import ALIASES
+from fsdp_qlora.settings import describe
 
 SCRIPT = Path(__file__).resolve().parents[2] / "scripts" / "update_readme.py"
+SETTINGS = "<!-- flags:begin --><!-- flags:end -->\n"
 PAGE = "# Title\n<!-- flags:begin -->\nold\n<!-- flags:end -->\ntext\n<!-- models:begin --><!-- models:end -->\nend\n"
 
 
@@ -25,37 +28,48 @@ def script() -> ModuleType:
     return module
 
 
-def test_writes_both_tables_and_keeps_the_rest(script: ModuleType, tmp_path: Path) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(PAGE)
-    assert script.main([str(page)]) == 0
-    text = page.read_text()
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Both pages with empty tables."""
+    (tmp_path / "README.md").write_text(PAGE)
+    (tmp_path / "docs").mkdir()
+    (tmp_path / "docs" / "settings.md").write_text(SETTINGS)
+    return tmp_path
+
+
+def texts(folder: Path) -> tuple[str, str]:
+    return (folder / "README.md").read_text(), (folder / "docs" / "settings.md").read_text()
+
+
+def test_writes_all_tables_and_keeps_the_rest(script: ModuleType, folder: Path) -> None:
+    assert script.main([str(folder)]) == 0
+    text, others = texts(folder)
     assert text.startswith("# Title\n<!-- flags:begin -->\n")
     assert "\n<!-- flags:end -->\ntext\n<!-- models:begin -->\n" in text
     assert text.endswith("<!-- models:end -->\nend\n")
     assert "old" not in text.split("<!-- flags:end -->")[0].splitlines()
-    for name in TrainConfig.__dataclass_fields__:
-        assert f"| `--{name}` |" in text
+    for setting in describe(TrainConfig):
+        assert f"| `--{setting.name}` |" in text
     for name, alias in ALIASES.items():
         assert f"| `{name}` | {alias.repo or 'SmolLM2'}" in text
     assert "**LoRA**" in text
-    assert "| `--quant_type` | `nf4` (or `fp4`) |" in text
-    assert "| `--adapter` | required |" in text
+    assert "| `--quant_type` | `nf4` (or `fp4`" in text
+    for command in COMMANDS:
+        assert f"### `fsdp-qlora {command.name}`" in (text if command.name in ("train", "plan") else others)
+    assert "| `--adapter` | required |" in others
 
 
-def test_check_finds_a_stale_page_and_changes_nothing(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_check_finds_stale_pages_and_changes_nothing(
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(PAGE)
-    assert script.main(["--check", str(page)]) == 1
-    assert "is stale; run: python scripts/update_readme.py" in capsys.readouterr().err
-    assert page.read_text() == PAGE
-    script.main([str(page)])
-    fresh = page.read_text()
-    assert script.main(["--check", str(page)]) == 0
-    script.main([str(page)])
-    assert page.read_text() == fresh
+    assert script.main(["--check", str(folder)]) == 1
+    assert capsys.readouterr().err.count("is stale; run: python scripts/update_readme.py") == 2
+    assert texts(folder) == (PAGE, SETTINGS)
+    script.main([str(folder)])
+    fresh = texts(folder)
+    assert script.main(["--check", str(folder)]) == 0
+    script.main([str(folder)])
+    assert texts(folder) == fresh
 
 
 @pytest.mark.parametrize(
@@ -68,20 +82,19 @@ def test_check_finds_a_stale_page_and_changes_nothing(
     ],
 )
 def test_wrong_markers_are_named(
-    script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str
+    script: ModuleType, folder: Path, capsys: pytest.CaptureFixture[str], text: str
 ) -> None:
-    page = tmp_path / "README.md"
-    page.write_text(text)
-    assert script.main([str(page)]) == 2
+    (folder / "README.md").write_text(text)
+    assert script.main([str(folder)]) == 2
     assert ":begin -->' and after it one line '" in capsys.readouterr().err
-    assert page.read_text() == text
+    assert texts(folder)[0] == text
 
 
 def test_missing_page(script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert script.main([str(tmp_path / "README.md")]) == 2
+    assert script.main([str(tmp_path)]) == 2
     assert "No such file" in capsys.readouterr().err
 
 
 def test_cells_stay_cells(script: ModuleType) -> None:
-    lines = [line for line in script.flags_block().splitlines() if line.startswith("| `--")]
+    lines = [line for line in script.flags_block(COMMANDS).splitlines() if line.startswith("| `--")]
     assert all(line.replace("\\|", "").count("|") == 4 for line in lines)
