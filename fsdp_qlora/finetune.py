@@ -67,7 +67,7 @@ def _train(session: Session) -> bool:
     lora, initial = _lora(config, ranks, folder)
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
-    tokenizer, train, evaluation = _load_data(config, ranks, folder)
+    tokenizer, train, evaluation = _load_data(session, folder)
     with agree_on_errors(ranks, "reading the sample prompts"):
         prompts = read_prompts(config, tokenizer)
     identity = identity_of(config, tokenizer, train)
@@ -156,10 +156,9 @@ def _resolve_model(session: Session) -> Path:
     return folder
 
 
-def _load_data(
-    config: TrainConfig, ranks: Ranks, folder: Path
-) -> tuple[PreTrainedTokenizerBase, data.Loader, dict[str, data.Loader]]:
-    with agree_on_errors(ranks, "loading the data"):
+def _load_data(session: Session, folder: Path) -> tuple[PreTrainedTokenizerBase, data.Loader, dict[str, data.Loader]]:
+    config, ranks = session.config, session.ranks
+    with agree_on_errors(ranks, "loading the data"), session.progress.alone("loading the data"):
         tokenizer = load_tokenizer(folder)
         use_template(tokenizer, config.chat_template)
         splits = data.load_splits(config, tokenizer)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import shutil
 import uuid
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -53,6 +55,17 @@ class Progress:
         """Note that something was done, and what comes next."""
         self.doing = doing or self.doing
         self.beats += 1
+
+    @contextlib.contextmanager
+    def alone(self, doing: str) -> Iterator[None]:
+        """Do something that waits for no other rank, for the length of a `with` block: it may take as long as it takes."""
+        self.beat(doing)
+        limit_s, self.limit_s = self.limit_s, math.inf
+        try:
+            yield
+        finally:
+            self.limit_s = limit_s
+            self.beat()
 
 
 def take(config: TrainConfig) -> tuple[FileLock, bool]:

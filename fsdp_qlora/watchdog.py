@@ -11,7 +11,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType, TracebackType
 
@@ -48,7 +48,7 @@ class Watchdog:
         self._clock = 0.0
         self._beats, self._moved_at = -1, 0.0
         self._heard: dict[int, tuple[str, float]] = {}
-        self._answered_at = 0.0
+        self._answered_at = time.monotonic()
         self._over = threading.Event()
         self._main = threading.main_thread().ident or 0
 
@@ -73,7 +73,7 @@ class Watchdog:
             threading.Thread(target=self._talk, args=(store,), daemon=True, name="heartbeat").start()
 
     def _interval(self) -> float:
-        return min(10.0, self.progress.limit_s / 10)
+        return min(4.0, self.progress.limit_s / 10)
 
     def _watch(self) -> None:
         last = time.monotonic()
@@ -90,7 +90,7 @@ class Watchdog:
     def _talk(self, store: Store) -> None:
         """Tell the others what this rank is at and note what they say; a store that is gone or hangs ends only this."""
         others = [rank for rank in range(self._world_size) if rank != self._rank]
-        self._heard = dict.fromkeys(others, (json.dumps([0, "starting"]), self._clock))
+        self._heard = dict.fromkeys(others, (json.dumps([0, "starting"]), time.monotonic()))
         number, speaking = 0, set[int]()
         while True:
             number += 1
@@ -100,39 +100,41 @@ class Watchdog:
                 said = store.multi_get([_key(rank) for rank in sorted(speaking)])
             except RuntimeError:
                 return
-            self._answered_at = self._clock
+            self._answered_at = time.monotonic()
             for rank, value in zip(sorted(speaking), said, strict=True):
                 text = value.decode()
                 if self._heard[rank][0] != text:
-                    self._heard[rank] = (text, self._clock)
+                    self._heard[rank] = (text, time.monotonic())
             if self._over.wait(self._interval()):
                 return
 
     def _end(self) -> None:
-        """Say what every rank is at and end the process."""
-        progress = self.progress
+        """Say what every rank is at and end the process, unless something moves while that is found out."""
+        progress, asked_at = self.progress, time.monotonic()
+        time.sleep(2.2 * self._interval())
+        if progress.beats != self._beats:
+            return
         first = (
             f"no progress for {progress.limit_s:.0f} s at step {progress.step} ({progress.doing});"
-            f" rank {self._rank} is {self.where()}"
+            f" rank {self._rank} is {self.where()}{self._block()}"
         )
-        self._tell("\n".join([first, *self._others()]))
+        self._tell("\n".join([first, *self._others(asked_at)]))
         os._exit(self.exit_code)
 
-    def _others(self) -> list[str]:
-        lines = []
-        silent_s = 3 * self._interval()
-        if self._world_size > 1 and self._clock - self._answered_at > silent_s:
+    def _others(self, asked_at: float) -> list[str]:
+        """Return a line on each other rank: what it is at, or that nothing was heard of it since a moment."""
+        lines, now = [], time.monotonic()
+        if self._world_size > 1 and self._answered_at < asked_at:
             holder = "torchrun" if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" else "rank 0"
             lines.append(
                 f"{holder}, which passes on the ranks' signs of life, has not answered for"
-                f" {self._clock - self._answered_at:.0f} s: stopped, killed or cut off"
+                f" {now - self._answered_at:.0f} s: stopped, killed or cut off"
             )
         for rank, (text, heard_at) in sorted(self._heard.items()):
-            silence = self._clock - heard_at
             where = json.loads(text)[1]
-            if silence > silent_s:
+            if heard_at < asked_at:
                 lines.append(
-                    f"rank {rank} has given no sign of life for {silence:.0f} s: stopped, killed or cut off;"
+                    f"rank {rank} has given no sign of life for {now - heard_at:.0f} s: stopped, killed or cut off;"
                     f" it was {where}"
                 )
             else:
@@ -141,19 +143,25 @@ class Watchdog:
 
     def where(self) -> str:
         """Return what the main thread is at: the function it waits in, and the line of this package that called it."""
-        frame: FrameType | None = sys._current_frames().get(self._main)
-        if frame is None:
-            return "ending"
-        inner, ours, block = frame.f_code.co_name, "", ""
-        while frame is not None:
+        inner, ours = "", ""
+        for frame in self._frames():
             name = frame.f_code.co_filename
-            if not ours and name.startswith(PACKAGE):
-                ours = f"{Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}"
-            module = frame.f_locals.get("self")
-            if not block and isinstance(module, Block):
-                block = f" of block {module.index}"
+            inner = inner or frame.f_code.co_name
+            if name.startswith(PACKAGE):
+                ours = f", called by {Path(name).name}:{frame.f_lineno} {frame.f_code.co_name}"
+                break
+        return f"in {inner}{ours}" if inner else "ending"
+
+    def _block(self) -> str:
+        """Name the decoder block that the main thread is in; only at the end, as looking at locals keeps them alive."""
+        modules = (frame.f_locals.get("self") for frame in self._frames())
+        return next((f" (block {module.index})" for module in modules if isinstance(module, Block)), "")
+
+    def _frames(self) -> Iterator[FrameType]:
+        frame = sys._current_frames().get(self._main)
+        while frame is not None:
+            yield frame
             frame = frame.f_back
-        return f"in {inner}{block}, called by {ours}" if ours else f"in {inner}"
 
 
 def _key(rank: int) -> str:

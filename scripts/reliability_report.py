@@ -27,7 +27,7 @@ from scripts.update_readme import replace_block
 from tests.e2e.test_bad_inputs import CASES, Case, prepare
 from tests.faults import test_disk, trials
 from tests.faults.faults import PLACES, read_only
-from tests.faults.jobs import make_inputs, of_world, train
+from tests.faults.jobs import make_inputs, of_world, start, train
 from tests.unit import test_checkpoint
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
@@ -217,7 +217,7 @@ def costs(lab: Lab) -> Iterator[Row]:
     run = lab.new_run()
     settings = {"model": "smollm2-135m", "dataset": "demo", "output_dir": run, "context_length": 64, "max_steps": 6}
     settings |= {"save_steps": 2, "eval_split": 0, "gradient_accumulation_steps": 1, "lora_rank": 16}
-    assert train(1, settings) == [0], trials.printed(run)
+    assert start(1, settings).wait(600) == [0], trials.printed(run)
     report = json.loads((run / "run.json").read_text())["result"]["checkpoints"]
     manifest = json.loads((run / "checkpoints" / "step-000006" / "manifest.json").read_text())
     ratio = report["size_bytes"] / manifest["files"]["adapter/adapter_model.safetensors"]["size"]

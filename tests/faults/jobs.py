@@ -49,7 +49,7 @@ class Job:
     log: Path
     started: float
 
-    def wait(self, timeout_s: float = 60) -> list[int | None]:
+    def wait(self, timeout_s: float = 120) -> list[int | None]:
         """Return the exit codes by rank (negative: killed by that signal; None: still running, and killed now)."""
         deadline = time.monotonic() + timeout_s
         for process in self.processes:

@@ -15,7 +15,7 @@ from typing import Any
 from tests.faults.faults import fail_at, kill_after_step, kill_in_save, nothing
 from tests.faults.jobs import Job, ended, losses, of_world, start, state, train
 
-TIMEOUT_S = 5
+TIMEOUT_S = 8
 """Time limit of runs with a failing rank."""
 
 
