@@ -206,6 +206,6 @@ class Saver:
 
     def _failure(self, folder: Path, error: OSError) -> CheckpointError:
         return CheckpointError(
-            f"{folder}: cannot be written ({error.strerror}); the last complete checkpoint is that of step"
-            f" {self.progress.saved_step}. Free space or mend the folder, and start again"
+            f"{folder}: cannot be written by rank {self.ranks.rank} ({error.strerror}); the last complete checkpoint is"
+            f" that of step {self.progress.saved_step}. Free space or mend the folder, and start again"
         )

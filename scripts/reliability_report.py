@@ -150,7 +150,7 @@ def full_disks(lab: Lab) -> Iterator[Row]:
     for share, fault in test_disk.FULL.items():
         no_space = share == "0% written"
         for victim in (0,) if no_space else (0, 1):  # rank 0 looks for space
-            message = "free space" if no_space else "cannot be written (File too large)"
+            message = "free space" if no_space else f"written by rank {victim} (File too large)"
             faults[f"{share}, rank {victim}"] = (functools.partial(fault, victim), message)
     good = []
     for name, (fault, message) in faults.items():

@@ -32,7 +32,7 @@ def check_disk(inputs: dict[str, str], reference: Path, run: Path, fault: Fault,
 def test_a_full_disk_stops_all_ranks_and_spares_what_is_there(
     inputs: dict[str, str], references: dict[int, Path], tmp_path: Path, share: str, victim: int
 ) -> None:
-    message = "0.00 GB are free; free space" if share == "0% written" else "cannot be written (File too large)"
+    message = "0.00 GB are free; free space" if share == "0% written" else f"written by rank {victim} (File too large)"
     check_disk(inputs, references[2], tmp_path / "run", functools.partial(FULL[share], victim), message)
 
 
@@ -40,7 +40,7 @@ def test_a_read_only_folder_stops_all_ranks(
     inputs: dict[str, str], references: dict[int, Path], tmp_path: Path
 ) -> None:
     fault = functools.partial(read_only, 4)
-    check_disk(inputs, references[2], tmp_path / "run", fault, "cannot be written (Read-only file system)")
+    check_disk(inputs, references[2], tmp_path / "run", fault, "cannot be written by rank 0 (Read-only file system)")
 
 
 def test_a_secret_is_found_nowhere(inputs: dict[str, str], tmp_path: Path) -> None:
