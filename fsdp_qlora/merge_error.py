@@ -94,6 +94,7 @@ def logits(
         stop = min(start + VOCABULARY_ROWS, rows)
         weight = _rounded(variant, variant.reader.read(name, start * width, stop * width)).view(-1, width)
         result[:, start:stop] = F.linear(hidden, weight.to(device))
+    result *= skeleton.logit_scale
     if skeleton.logit_softcap is not None:
         result.div_(skeleton.logit_softcap).tanh_().mul_(skeleton.logit_softcap)
     count = int(counts.sum())
