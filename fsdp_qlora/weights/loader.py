@@ -211,9 +211,12 @@ class Loader:
 
     def _whole_matrix(self, name: str, layout: Layout) -> Tensor:
         """Return the bytes of a matrix, uint8 [num_bytes]."""
+        flat = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self.ranks.device)
         if is_quantized(self.reader.tensors, name):
-            flat = torch.zeros(layout.num_bytes, dtype=torch.uint8, device=self.ranks.device)
             copy_quantized(self.reader, name, layout, flat)
+            return flat
+        if layout.dense_dtype is not None:
+            self._copy_dense(name, layout, layout.dense_dtype, 0, flat)
             return flat
         weights = self.reader.read(name).to(self.ranks.device)
         require_finite(weights, self.reader, name)

@@ -10,6 +10,7 @@ import torch
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoModelForCausalLM,
     AutoModelForImageTextToText,
     Gemma3Config,
     Gemma3ForConditionalGeneration,
@@ -178,6 +179,16 @@ def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path, family
     kept, recomputed = results
     assert kept.loss == recomputed.loss
     assert all(kept.grads[name].equal(grad) for name, grad in recomputed.grads.items())
+
+
+@torch.no_grad()
+def test_experts_in_16_or_32_bits(ranks: Ranks, tmp_path: Path) -> None:
+    folder = save_tiny("mixtral", tmp_path)
+    built = build_model(folder, ranks, QuantSettings("none"), LORA, torch.float32)  # lora_B is zero: the base alone
+    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
+    found = reference.logits(built, ranks, reference.whole_rows(ids))
+    assert reference.relative_difference(found, expected) < 1e-5
 
 
 @pytest.mark.parametrize("family", ["qwen3_moe", "mixtral"])
