@@ -169,7 +169,8 @@ class Loader:
         if self.adapter is not None:
             full = self.adapter[key]
         elif name == "lora_A":
-            generator = torch.Generator().manual_seed((self.seed << 32) + zlib.crc32(key.encode()))
+            # of a seed, PyTorch's CPU generator uses 32 bits
+            generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
             full = initial_lora_A(module.rank, module.in_features, generator, self.init)
         else:
             target.zero_()

@@ -43,10 +43,10 @@ EXPECTED = {f"model.layers.{i}.{name}": shape for i in range(2) for name, shape 
 
 
 def build(
-    folder: Path, ranks: Ranks, lora: LoraSettings = LORA, adapter: dict[str, Tensor] | None = None
+    folder: Path, ranks: Ranks, lora: LoraSettings = LORA, adapter: dict[str, Tensor] | None = None, seed: int = 7
 ) -> BuiltModel:
     quant = QuantSettings(num_shards=ranks.num_shards)
-    return build_model(folder, ranks, quant, lora, torch.float32, adapter=adapter, seed=7)
+    return build_model(folder, ranks, quant, lora, torch.float32, adapter=adapter, seed=seed)
 
 
 def random_adapter() -> dict[str, Tensor]:
@@ -113,6 +113,15 @@ def initial_dora_on_rank(base: Path) -> dict[str, np.ndarray]:
     with process_group("full", timeout_s=60, device="cpu") as ranks:
         root = build(base, ranks, dataclasses.replace(LORA, use_dora=True)).root
         return {name: value.numpy() for name, value in gather_adapter(root, ranks).items()}
+
+
+def test_the_seed_decides_the_initial_values(base: Path, ranks: Ranks) -> None:
+    def values(seed: int) -> list[Tensor]:
+        found = gather_adapter(build(base, ranks, seed=seed).root, ranks)
+        return [value for name, value in found.items() if "lora_A" in name]
+
+    assert all(a.equal(b) for a, b in zip(values(7), values(7), strict=True))
+    assert not any(a.equal(b) for a, b in zip(values(7), values(8), strict=True))
 
 
 def test_initial_magnitudes_are_row_lengths_whatever_the_ranks(base: Path) -> None:
