@@ -41,7 +41,8 @@ def test_a_second_signal_ends_at_once(inputs: dict[str, str], references: dict[i
     fault = functools.partial(fail_at, "later step", "SIGTERM twice", 0, tmp_path / "marker")
     assert train(1, settings, fault) == [128 + 15]
     assert not (run / "exit.json").exists()
-    assert (run / "checkpoints" / "step-000002" / "manifest.json").exists()
+    # the save of step 2 may or may not have been complete by then; what has a checkpoint's name is one
+    assert all((folder / "manifest.json").exists() for folder in (run / "checkpoints").glob("step-??????"))
     assert train(1, settings) == [0]
     assert state(run) == state(references[1])
 
