@@ -12,6 +12,7 @@ import functools
 import io
 import json
 import os
+import re
 import statistics
 import sys
 import tempfile
@@ -24,13 +25,16 @@ from typing import Any
 
 from fsdp_qlora import cli
 from scripts.update_readme import replace_block
+from tests.distributed import test_equivalence as equivalence
 from tests.e2e.test_bad_inputs import CASES, Case, prepare
 from tests.faults import test_disk, trials
 from tests.faults.faults import PLACES, read_only
 from tests.faults.jobs import make_inputs, of_world, start, train
+from tests.tiny import save_tiny
 from tests.unit import test_checkpoint
 
 DOCUMENT = Path(__file__).resolve().parents[1] / "docs" / "reliability.md"
+PARITY = DOCUMENT.with_name("parity.md")
 MEMORY_DISK = Path("/dev/shm")
 SIGNALS = ("SIGTERM", "SIGINT", "SIGUSR1", "SIGTERM, forwarded again")
 
@@ -227,6 +231,40 @@ def costs(lab: Lab) -> Iterator[Row]:
     yield "-", what, f"{stall:.2f} s on average of {report['count']}, the last of which waits for the disk"
 
 
+def splits(lab: Lab) -> Iterator[Row]:
+    """N2: take the same steps on 1, 2 and 4 ranks, in micro-batches of several sizes, offloaded and recomputed."""
+    results = equivalence.Results(save_tiny("llama", lab.folder / "equivalence", num_hidden_layers=2))
+    first, *others = equivalence.CASES
+    expected = results[first]
+    losses, whole, single = 0.0, 0.0, 0.0
+    for found in (results[case] for case in others):
+        pairs = zip(found["steps"], expected["steps"], strict=True)
+        losses = max(losses, *(abs(one.loss - other.loss) / other.loss for one, other in pairs))
+        compared = zip(
+            (*found["gradients"], found["adapter"]), (*expected["gradients"], expected["adapter"]), strict=True
+        )
+        for total, each in (equivalence.differences(*pair) for pair in compared):
+            whole, single = max(whole, total), max(single, *each.values())
+    yield (
+        "N2",
+        f"{len(others)} ways to split the same three steps over 1, 2 and 4 ranks, unequal token counts; largest gaps",
+        f"losses {losses:.1e}, whole gradient or adapter {whole:.1e}, a single matrix {single:.1e}",
+    )
+
+
+def parity(lab: Lab) -> Iterator[Row]:
+    """N3: the worst of what `python -m scripts.parity_report` has measured."""
+    table = re.findall(r"^\| (\w+) \| (yes|NO) \| (\S+) \| (\S+) \| (\S+) \|$", PARITY.read_text(), re.MULTILINE)
+    equal = sum(row[1] == "yes" for row in table)
+    worst = [max(float(row[column]) for row in table) for column in (2, 3, 4)]
+    yield (
+        "N3",
+        f"{len(table)} families beside transformers + bitsandbytes + PEFT ([parity.md](parity.md)); largest gaps",
+        f"base bitwise equal in {equal} / {len(table)}; loss {worst[0]:.1e}, gradients {worst[1]:.1e}, logits of the"
+        f" exported adapter {worst[2]:.1e}",
+    )
+
+
 def bad_inputs(lab: Lab) -> Iterator[Row]:
     """D2, T1, S2: give the command line models, data and settings that are wrong."""
     refused = [result for name, case in CASES.items() for result in lab.attempt(f"T1 {name}", _must_refuse, lab, case)]
@@ -257,6 +295,8 @@ TRIALS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "D3": full_disks,
     "F1": failing_ranks,
     "F3": signals,
+    "N2": splits,
+    "N3": parity,
     "T1": bad_inputs,
     "costs": costs,
 }
@@ -297,7 +337,7 @@ def updated(document: str, rows: list[Row]) -> str:
     block = document.partition("<!-- trials:begin -->")[2].partition("<!-- trials:end -->")[0]
     new = {row[0] for row in rows}
     old = [line for line in block.strip().splitlines()[2:] if line.split(" | ")[0].removeprefix("| ") not in new]
-    order = ["R1", "R2", "R3", "D1", "D3", "F1", "F2", "F3", "D2, T1, S2", "-"]
+    order = ["R1", "R2", "R3", "D1", "D3", "F1", "F2", "F3", "N2", "N3", "D2, T1, S2", "-"]
     found = sorted(old + lines(rows), key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
     table = ["| id | what is done | found | when |", "|---|---|---|---|", *found]
     return replace_block(document, "trials", "\n".join(table))

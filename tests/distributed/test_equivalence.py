@@ -156,14 +156,19 @@ def gradients_of(trainer: Trainer) -> dict[str, np.ndarray]:
     return found
 
 
-def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: str) -> None:
-    """Compare sets of matrices by the norm of their difference: all together, and each, whose own rounding is larger."""
+def differences(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -> tuple[float, dict[str, float]]:
+    """Return the norm of the difference of two sets of matrices over the norm expected: all together, and of each."""
     assert {name: value.shape for name, value in found.items()} == {name: v.shape for name, v in expected.items()}
-    differences = {name: norm_of({name: found[name] - value}) for name, value in expected.items()}
-    total = norm_of({name: found[name] - value for name, value in expected.items()}) / norm_of(expected)
+    apart = {name: found[name] - value for name, value in expected.items()}
+    each = {name: norm_of({name: apart[name]}) / norm_of({name: value}) for name, value in expected.items()}
+    return norm_of(apart) / norm_of(expected), each
+
+
+def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: str) -> None:
+    """Compare sets of matrices: all together, and each, whose own rounding is larger."""
+    total, each = differences(found, expected)
     assert total < TOLERANCE, f"{what} differs by {total:.1e}"
-    for name, difference in differences.items():
-        relative = difference / norm_of({name: expected[name]})
+    for name, relative in each.items():
         assert relative < 3 * TOLERANCE, f"{what}: {name} differs by {relative:.1e}"
 
 
