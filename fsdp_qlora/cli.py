@@ -20,49 +20,27 @@ from fsdp_qlora.settings import Setting, describe, show, suggest
 
 @dataclass(frozen=True)
 class Command:
-    """One command: `module.run(settings)` is called with the settings read from the command line."""
+    """One command: `run(settings)` of the module of its name in commands/, with the settings read from the command line."""
 
     name: str
     summary: str
-    module: str
     settings: type
     positional: str = ""
     """The setting whose values may stand without their flag, separated by spaces."""
 
 
 COMMANDS = (
-    Command("train", "Fine-tune a model; under torchrun on several GPUs.", "fsdp_qlora.finetune", config.TrainConfig),
-    Command(
-        "plan", "Say whether a run fits, before anything is downloaded.", "fsdp_qlora.plan_report", config.PlanConfig
-    ),
-    Command("data", "Show what training would learn from a dataset.", "fsdp_qlora.data_report", config.DataConfig),
-    Command(
-        "doctor",
-        "Say what would be slow or fail on this machine, and what to do.",
-        "fsdp_qlora.doctor.report",
-        config.DoctorConfig,
-    ),
-    Command(
-        "quantize",
-        "Make a 4-bit checkpoint of a model, matrix by matrix.",
-        "fsdp_qlora.quantize",
-        config.QuantizeConfig,
-    ),
-    Command(
-        "initialize",
-        "Make an adapter to start from out of the base: PiSSA or LoftQ.",
-        "fsdp_qlora.initialize",
-        config.InitializeConfig,
-    ),
-    Command(
-        "report", "Make a page of one or several training runs.", "fsdp_qlora.run_report", config.ReportConfig, "runs"
-    ),
-    Command("merge", "Add an adapter to its base, matrix by matrix.", "fsdp_qlora.merge", config.MergeConfig),
-    Command(
-        "evaluate", "Measure an adapter, or a base model, on a dataset.", "fsdp_qlora.scoring", config.EvaluateConfig
-    ),
-    Command("push", "Publish an adapter or a merged model on the hub.", "fsdp_qlora.push", config.PushConfig),
-    Command("generate", "Answer a prompt with a trained adapter.", "fsdp_qlora.generate", config.GenerateConfig),
+    Command("train", "Fine-tune a model; under torchrun on several GPUs.", config.TrainConfig),
+    Command("plan", "Say whether a run fits, before anything is downloaded.", config.PlanConfig),
+    Command("data", "Show what training would learn from a dataset.", config.DataConfig),
+    Command("doctor", "Say what would be slow or fail on this machine, and what to do.", config.DoctorConfig),
+    Command("quantize", "Make a 4-bit checkpoint of a model, matrix by matrix.", config.QuantizeConfig),
+    Command("initialize", "Make an adapter to start from out of the base: PiSSA or LoftQ.", config.InitializeConfig),
+    Command("report", "Make a page of one or several training runs.", config.ReportConfig, "runs"),
+    Command("merge", "Add an adapter to its base, matrix by matrix.", config.MergeConfig),
+    Command("evaluate", "Measure an adapter, or a base model, on a dataset.", config.EvaluateConfig),
+    Command("push", "Publish an adapter or a merged model on the hub.", config.PushConfig),
+    Command("generate", "Answer a prompt with a trained adapter.", config.GenerateConfig),
 )
 
 _HELP = ("--help", "-h")
@@ -135,7 +113,7 @@ def _run(command: Command, overrides: dict[str, str], config_file: str | None, p
     if problems:
         raise ConfigError("\n".join(problems))
     try:
-        importlib.import_module(command.module).run(settings)
+        importlib.import_module(f"fsdp_qlora.commands.{command.name}").run(settings)
     except FsdpQloraError as error:
         report(error, debug=getattr(settings, "debug", False))
         raise

@@ -12,12 +12,12 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.activation_checkpointing import Block, HiddenStore
 from fsdp_qlora.balance import RouterBalance
-from fsdp_qlora.checkpointing import Block, HiddenStore
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.host_memory import HostArena
 from fsdp_qlora.loss import chunked_cross_entropy, count_correct
-from fsdp_qlora.memory import HostArena
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers, quantize_and_adapt

@@ -23,9 +23,9 @@ from fsdp_qlora import data
 from fsdp_qlora.adapters import read_adapter
 from fsdp_qlora.checkpoint import FOLDER, Manifest, checkpoint_folders, read_manifest, step_of, verify
 from fsdp_qlora.config import TrainConfig, to_dict
+from fsdp_qlora.config.lora import METHOD_SETTINGS
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, shard_rows
 from fsdp_qlora.errors import CheckpointError, ConfigError
-from fsdp_qlora.lora_config import METHOD_SETTINGS
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import lora_linears
 from fsdp_qlora.settings import show

@@ -17,7 +17,7 @@ from types import FrameType, TracebackType
 
 from torch._C._distributed_c10d import Store
 
-from fsdp_qlora.checkpointing import Block
+from fsdp_qlora.activation_checkpointing import Block
 from fsdp_qlora.run_folder import Progress
 
 PACKAGE = str(Path(__file__).parent)

@@ -28,11 +28,11 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from fsdp_qlora.build import build_model
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, make_mesh
-from fsdp_qlora.memory import GIB
-from fsdp_qlora.model_shape import model_shape
+from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.optim import build_optimizer
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.planner import CONTEXT_BYTES, Run, estimate
+from fsdp_qlora.plan.model_shape import model_shape
+from fsdp_qlora.plan.planner import CONTEXT_BYTES, Run, estimate
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
 

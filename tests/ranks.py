@@ -12,7 +12,9 @@ from queue import Empty
 from typing import Any
 
 _forkserver = multiprocessing.get_context("forkserver")
-_forkserver.set_forkserver_preload(["torch", "transformers", "bitsandbytes", "fsdp_qlora.build", "fsdp_qlora.finetune"])
+_forkserver.set_forkserver_preload(
+    ["torch", "transformers", "bitsandbytes", "fsdp_qlora.build", "fsdp_qlora.commands.train"]
+)
 _spawn = multiprocessing.get_context("spawn")
 
 _AFTERMATH_S = 2.0

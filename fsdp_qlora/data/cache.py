@@ -11,13 +11,13 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.data import RowSettings
 from fsdp_qlora.data.demo import INSTALL
 from fsdp_qlora.data.formats import DEMO_DATASETS, iter_rows
 from fsdp_qlora.data.readers import HUB_ID, READERS, hub_fingerprint
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.store import TokenStore, read_meta, write_store
 from fsdp_qlora.data.tokenize_rows import tokenize_rows
-from fsdp_qlora.data_config import RowSettings
 from fsdp_qlora.errors import DataError
 from fsdp_qlora.models.hub import cache_dir
 

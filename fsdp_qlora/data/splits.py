@@ -7,10 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.data import DataSettings, named_datasets, training_datasets, weights_of
 from fsdp_qlora.data.cache import load_store
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.store import Mixture, TokenStore
-from fsdp_qlora.data_config import DataSettings, named_datasets, training_datasets, weights_of
 from fsdp_qlora.errors import DataError
 
 MAX_EVAL_ROWS = 1000

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.command_config import DataConfig
+from fsdp_qlora.config.command import DataConfig
+from fsdp_qlora.config.data import datasets_of
 from fsdp_qlora.data.chats import texts_of
 from fsdp_qlora.data.formats import iter_rows
 from fsdp_qlora.data.loader import LoaderStats, make_loader
@@ -20,7 +21,6 @@ from fsdp_qlora.data.store import Mixture, TokenStore
 from fsdp_qlora.data.templates import REASONING_TAG, ChatRenderer, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Example
 from fsdp_qlora.data.tokenize_rows import make_renderer
-from fsdp_qlora.data_config import datasets_of
 
 MAX_BINS = 12
 

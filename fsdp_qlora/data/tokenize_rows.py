@@ -7,11 +7,11 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.config.data import RowSettings
 from fsdp_qlora.data.formats import Row
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.templates import ChatRenderer, Document, Piece, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Encoder, Example
-from fsdp_qlora.data_config import RowSettings
 from fsdp_qlora.errors import DataError
 
 ENCODE_BATCH = 1000

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.doctor.finding import Finding, ok, problem, warning
-from fsdp_qlora.memory import GIB
+from fsdp_qlora.host_memory import GIB
 
 COPY_BYTES = 256 * 2**20
 REPEATS = 4

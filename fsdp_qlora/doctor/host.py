@@ -11,7 +11,7 @@ import time
 from pathlib import Path
 
 from fsdp_qlora.doctor.finding import Finding, ok, problem, warning
-from fsdp_qlora.memory import GIB, available_host_bytes, cgroup_limits
+from fsdp_qlora.host_memory import GIB, available_host_bytes, cgroup_limits
 
 SYS = Path("/sys")
 LITTLE_RAM = 4 * GIB

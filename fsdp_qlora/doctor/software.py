@@ -16,7 +16,7 @@ from packaging.requirements import Requirement
 from fsdp_qlora.doctor.finding import Finding, ok, problem, warning
 from fsdp_qlora.doctor.host import existing_parent
 from fsdp_qlora.errors import FsdpQloraError
-from fsdp_qlora.memory import GIB
+from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.models.skeleton import build_skeleton

@@ -15,9 +15,9 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 
 from fsdp_qlora import data
+from fsdp_qlora.activation_checkpointing import Block
 from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.build import build_model, verify_weights
-from fsdp_qlora.checkpointing import Block
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import make_mesh, process_group
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers

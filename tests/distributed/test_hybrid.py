@@ -12,8 +12,8 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fsdp_qlora.distributed import process_group
-from fsdp_qlora.model_shape import model_shape
 from fsdp_qlora.parallel import local_bytes
+from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.quant.adapt import QuantSettings, lora_linears
 from tests.distributed.test_equivalence import LORA, NODE, Split, make_trainer
 from tests.ranks import run_ranks

@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from fsdp_qlora import finetune, scoring
+from fsdp_qlora.commands import evaluate as scoring
+from fsdp_qlora.commands import train as finetune
 from fsdp_qlora.config import EvaluateConfig, TrainConfig
 from fsdp_qlora.distributed import process_group
 from tests.e2e.conftest import rows

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsdp_qlora.command_config import DoctorConfig
-from fsdp_qlora.doctor import report
+from fsdp_qlora.commands import doctor as report
+from fsdp_qlora.config.command import DoctorConfig
 
 pytestmark = pytest.mark.gpu
 

@@ -22,8 +22,8 @@ from transformers import (
 from fsdp_qlora.adapters import read_adapter, save_adapter
 from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.build import BuiltModel, build_model
+from fsdp_qlora.commands.generate import generation_attention
 from fsdp_qlora.distributed import Ranks
-from fsdp_qlora.generate import generation_attention
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from tests.parity import reference
 from tests.parity.reference import LORA, NF4, Pair

@@ -37,8 +37,8 @@ def install(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[object]]:
             if error is not None:
                 raise error
 
-        for name in ("finetune", "generate"):
-            module = types.ModuleType(f"fsdp_qlora.{name}")
+        for name in ("train", "generate"):
+            module = types.ModuleType(f"fsdp_qlora.commands.{name}")
             module.run = run  # type: ignore[attr-defined]
             monkeypatch.setitem(sys.modules, module.__name__, module)
         return calls
@@ -211,7 +211,7 @@ def test_command_help_shows_every_setting(
     for name in TrainConfig.__dataclass_fields__:
         assert f"  --{name} " in out
     assert "\nLoRA\n  --lora_rank N  (default: 64)\n      Rank of the LoRA matrices.\n" in out
-    assert "--quant_type nf4|fp4  (default: nf4)" in out
+    assert "--quant_type nf4|fp4|none  (default: nf4)" in out
     assert all(len(line) <= 60 for line in out.splitlines() if line.startswith("      "))
     assert calls == []
 

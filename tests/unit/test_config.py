@@ -268,7 +268,7 @@ def test_rules_name_existing_settings() -> None:
 
 def test_description_carries_type_choices_and_default() -> None:
     settings = {setting.name: setting for setting in describe(TrainConfig)}
-    assert settings["quant_type"].choices == ("nf4", "fp4")
+    assert settings["quant_type"].choices == ("nf4", "fp4", "none")
     assert (settings["revision"].kind, settings["revision"].optional) == (str, True)
     assert (settings["lr"].kind, settings["lr"].default, settings["lr"].section) == (float, 2e-4, "training")
     assert settings["packing"].kind is bool

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM
 
 from fsdp_qlora.adapters import open_adapter
 from fsdp_qlora.build import build_model
+from fsdp_qlora.commands.initialize import low_rank_factors, run
 from fsdp_qlora.config import InitializeConfig
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, WeightsError
-from fsdp_qlora.initialize import low_rank_factors, run
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE
 from tests.faults.jobs import SETTINGS, losses, make_inputs, train
 from tests.parity import reference

@@ -13,12 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from fsdp_qlora.commands.merge import run
+from fsdp_qlora.commands.quantize import quantize
 from fsdp_qlora.config import MergeConfig, QuantizeConfig
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError
-from fsdp_qlora.merge import run
-from fsdp_qlora.merge_error import compare, tokenize
+from fsdp_qlora.export.merge_error import compare, tokenize
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE
-from fsdp_qlora.quantize import quantize
 from tests.e2e.conftest import save_tokenizer
 from tests.limited import run_limited, weights_bytes
 from tests.parity.reference import NF4, load_base

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fsdp_qlora.merge_error import TOKENS, compare
+from fsdp_qlora.export.merge_error import TOKENS, compare
 
 
 def test_distance_is_that_of_all_tokens_together() -> None:

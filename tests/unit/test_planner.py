@@ -14,17 +14,18 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, LlamaConfig
 
-from fsdp_qlora import cli, config, finetune
+from fsdp_qlora import cli, config
 from fsdp_qlora.build import build_model
+from fsdp_qlora.commands import train as finetune
+from fsdp_qlora.commands.plan import Rates, step_seconds
 from fsdp_qlora.config import PlanConfig, TrainConfig
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.errors import ConfigError, ModelError
-from fsdp_qlora.model_shape import ModelShape, model_shape
 from fsdp_qlora.models import hub
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.plan_choice import (
+from fsdp_qlora.plan.choice import (
     Budget,
     Request,
     candidates,
@@ -33,8 +34,8 @@ from fsdp_qlora.plan_choice import (
     largest_batch,
     longest_context,
 )
-from fsdp_qlora.plan_report import Rates, step_seconds
-from fsdp_qlora.planner import SLACK, Run, estimate
+from fsdp_qlora.plan.model_shape import ModelShape, model_shape
+from fsdp_qlora.plan.planner import SLACK, Run, estimate
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
 from tests.tiny import COMMON, FAMILIES, save_tiny

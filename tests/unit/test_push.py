@@ -15,10 +15,10 @@ import torch
 import yaml
 from safetensors.torch import save_file
 
+from fsdp_qlora.commands.push import collect
 from fsdp_qlora.errors import CheckpointError
-from fsdp_qlora.model_card import without_folders
+from fsdp_qlora.export.model_card import without_folders
 from fsdp_qlora.output_files import CONFIG_FILE, STATE_FILE, WEIGHTS_FILE
-from fsdp_qlora.push import collect
 from tests.unit.push_server import Hub, serve
 
 ROOT = Path(__file__).resolve().parents[2]

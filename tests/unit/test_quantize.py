@@ -12,14 +12,14 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from fsdp_qlora import quantize as command
 from fsdp_qlora.build import build_model
+from fsdp_qlora.commands import quantize as command
+from fsdp_qlora.commands.quantize import quantize
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError, WeightsError
 from fsdp_qlora.output_files import STATE_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
-from fsdp_qlora.quantize import quantize
 from tests.limited import run_limited, weights_bytes
 from tests.tiny import save_tiny
 
@@ -219,7 +219,7 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
 def test_a_full_disk_is_seen_before_anything_is_written(
     base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("fsdp_qlora.standalone.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    monkeypatch.setattr("fsdp_qlora.export.standalone.shutil.disk_usage", lambda _: type("Usage", (), {"free": 1000}))
     with pytest.raises(CheckpointError, match=r"0\.0 GB are free"):
         quantize(config_for(base, tmp_path / "out"))
     assert not list((tmp_path / "out").glob("*.safetensors"))

@@ -10,11 +10,12 @@ from typing import Any
 
 import pytest
 
-from fsdp_qlora import cli, run_report
-from fsdp_qlora.charts import Series, running_mean, svg
+from fsdp_qlora import cli
+from fsdp_qlora.commands import report as run_report
 from fsdp_qlora.config import ReportConfig
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.run_data import read_run
+from fsdp_qlora.report.charts import Series, running_mean, svg
+from fsdp_qlora.report.run_data import read_run
 
 METRICS: list[dict[str, Any]] = [
     {"step": 0, "eval_loss": 3.0, "perplexity": 20.1},

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from fsdp_qlora import data_report
+from fsdp_qlora.commands import data as data_report
 from fsdp_qlora.config import DataConfig
 from fsdp_qlora.data.survey import Bin, Survey, histogram, survey
 from tests.unit.data.families import CONVERSATION, FAMILIES, tiny_tokenizer

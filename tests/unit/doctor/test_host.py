@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from fsdp_qlora.doctor import host
-from fsdp_qlora.memory import GIB, cgroup_limits
+from fsdp_qlora.host_memory import GIB, cgroup_limits
 
 
 def write(root: Path, files: dict[str, str]) -> None:

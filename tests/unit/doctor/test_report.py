@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from fsdp_qlora import cli
-from fsdp_qlora.command_config import DoctorConfig
-from fsdp_qlora.doctor import report
+from fsdp_qlora.commands import doctor as report
+from fsdp_qlora.config.command import DoctorConfig
 from fsdp_qlora.doctor.finding import Finding, ok, problem, warning
 
 

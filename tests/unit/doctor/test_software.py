@@ -10,7 +10,7 @@ import torch
 
 from fsdp_qlora.doctor import gpus, launcher, software
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.memory import GIB
+from fsdp_qlora.host_memory import GIB
 from tests.tiny import save_tiny
 
 SECRET = "hf_0123456789abcdef0123456789abcdef01234567"

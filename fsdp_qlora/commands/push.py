@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fsdp_qlora import model_card
 from fsdp_qlora.config import PushConfig
 from fsdp_qlora.errors import CheckpointError, ConfigError, ModelError
+from fsdp_qlora.export import model_card
 from fsdp_qlora.output_files import (
     CONFIG_FILE,
     INDEX_FILE,

@@ -14,11 +14,10 @@ from rich.table import Table
 from fsdp_qlora.config import PlanConfig
 from fsdp_qlora.distributed import compute_dtype
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.memory import GIB
-from fsdp_qlora.model_shape import ModelShape, model_shape
+from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.parallel import spread
-from fsdp_qlora.plan_choice import (
+from fsdp_qlora.plan.choice import (
     CONTEXT_STEP,
     Budget,
     Choice,
@@ -32,7 +31,8 @@ from fsdp_qlora.plan_choice import (
     refusal,
     smallest_gpu,
 )
-from fsdp_qlora.planner import Estimate, Run
+from fsdp_qlora.plan.model_shape import ModelShape, model_shape
+from fsdp_qlora.plan.planner import Estimate, Run
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
 

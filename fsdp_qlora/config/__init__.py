@@ -12,19 +12,19 @@ from pathlib import PurePath
 from typing import Any, Literal, TypeVar, overload
 
 from fsdp_qlora import settings
-from fsdp_qlora.checkpoint_config import MergeConfig as MergeConfig
-from fsdp_qlora.checkpoint_config import PushConfig as PushConfig
-from fsdp_qlora.checkpoint_config import QuantizeConfig as QuantizeConfig
-from fsdp_qlora.checkpoint_config import is_size
-from fsdp_qlora.command_config import DataConfig as DataConfig
-from fsdp_qlora.command_config import DoctorConfig as DoctorConfig
-from fsdp_qlora.command_config import EvaluateConfig as EvaluateConfig
-from fsdp_qlora.command_config import GenerateConfig as GenerateConfig
-from fsdp_qlora.command_config import PlanConfig as PlanConfig
-from fsdp_qlora.command_config import ReportConfig as ReportConfig
-from fsdp_qlora.data_config import DataSettings, is_named_datasets
-from fsdp_qlora.lora_config import METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
-from fsdp_qlora.lora_config import InitializeConfig as InitializeConfig
+from fsdp_qlora.config.command import DataConfig as DataConfig
+from fsdp_qlora.config.command import DoctorConfig as DoctorConfig
+from fsdp_qlora.config.command import EvaluateConfig as EvaluateConfig
+from fsdp_qlora.config.command import GenerateConfig as GenerateConfig
+from fsdp_qlora.config.command import PlanConfig as PlanConfig
+from fsdp_qlora.config.command import ReportConfig as ReportConfig
+from fsdp_qlora.config.data import DataSettings, is_named_datasets
+from fsdp_qlora.config.export import MergeConfig as MergeConfig
+from fsdp_qlora.config.export import PushConfig as PushConfig
+from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
+from fsdp_qlora.config.export import is_size
+from fsdp_qlora.config.lora import METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
+from fsdp_qlora.config.lora import InitializeConfig as InitializeConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")

@@ -7,9 +7,7 @@ import time
 
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.errors import WeightsError
-from fsdp_qlora.models.hub import resolve
-from fsdp_qlora.quant.adapt import QuantSettings, block_experts
-from fsdp_qlora.standalone import (
+from fsdp_qlora.export.standalone import (
     Target,
     check_folders,
     copy,
@@ -21,6 +19,8 @@ from fsdp_qlora.standalone import (
     side_files,
     write_checkpoint,
 )
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.quant.adapt import QuantSettings, block_experts
 from fsdp_qlora.weights.writer import Written
 
 

@@ -9,11 +9,11 @@ from typing import Any
 
 from markupsafe import Markup
 
-from fsdp_qlora.charts import PALETTE, Series, save_png, svg
 from fsdp_qlora.config import ReportConfig
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.pages import write_page
-from fsdp_qlora.run_data import RunData, read_run
+from fsdp_qlora.report.charts import PALETTE, Series, save_png, svg
+from fsdp_qlora.report.run_data import RunData, read_run
 from fsdp_qlora.settings import show
 
 CHARTS = {

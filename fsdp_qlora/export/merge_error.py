@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.merged_weights import Lora
+from fsdp_qlora.export.merged_weights import Lora
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.weights.reader import Reader
 

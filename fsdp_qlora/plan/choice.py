@@ -11,10 +11,10 @@ import torch.distributed as dist
 
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.memory import GIB, available_host_bytes
-from fsdp_qlora.model_shape import ModelShape
+from fsdp_qlora.host_memory import GIB, available_host_bytes
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, Run, estimate
+from fsdp_qlora.plan.model_shape import ModelShape
+from fsdp_qlora.plan.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, Run, estimate
 
 RESERVE = 0.02
 """Share of a GPU that a choice leaves free, for estimates that are a little low."""

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.memory import host_buffer
+from fsdp_qlora.host_memory import host_buffer
 from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import LoRALinear
 

@@ -20,14 +20,9 @@ from fsdp_qlora.adapters import read_adapter_config
 from fsdp_qlora.build import load_tokenizer
 from fsdp_qlora.config import MergeConfig
 from fsdp_qlora.errors import ConfigError, ModelError
-from fsdp_qlora.merge_error import LogitError, Variant, compare, logits, table, tokenize
-from fsdp_qlora.merged_weights import Adapter, Lora, Weights, stream_adapter
-from fsdp_qlora.models.hub import resolve
-from fsdp_qlora.output_files import find_adapter, read_record
-from fsdp_qlora.quant.adapt import QuantSettings, block_experts
-from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
-from fsdp_qlora.record import write_record
-from fsdp_qlora.standalone import (
+from fsdp_qlora.export.merge_error import LogitError, Variant, compare, logits, table, tokenize
+from fsdp_qlora.export.merged_weights import Adapter, Lora, Weights, stream_adapter
+from fsdp_qlora.export.standalone import (
     RUN_WEIGHTS,
     Source,
     Target,
@@ -43,6 +38,11 @@ from fsdp_qlora.standalone import (
     side_files,
     write_checkpoint,
 )
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.output_files import find_adapter, read_record
+from fsdp_qlora.quant.adapt import QuantSettings, block_experts
+from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
+from fsdp_qlora.record import write_record
 from fsdp_qlora.weights.bnb_format import slots, write_quantized
 from fsdp_qlora.weights.source import detect_quantization, is_quantized, matrix_of
 from fsdp_qlora.weights.writer import Part, Sink, Slot

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fsdp_qlora.data_config import DataSettings, RowSettings
+from fsdp_qlora.config.data import DataSettings, RowSettings
 
 
 @dataclass(frozen=True)

@@ -20,21 +20,21 @@ from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.fetch import fetch_once
-from fsdp_qlora.lora_config import lora_settings
-from fsdp_qlora.memory import GIB
+from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
-from fsdp_qlora.model_shape import model_shape
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import download_cache, resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.plan_choice import Request, budget_of, choose, choose_on_cpu, in_words
-from fsdp_qlora.planner import Run
+from fsdp_qlora.plan.choice import Request, budget_of, choose, choose_on_cpu, in_words
+from fsdp_qlora.plan.model_shape import model_shape
+from fsdp_qlora.plan.planner import Run
 from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record

@@ -14,12 +14,12 @@ from torch import Tensor
 
 from fsdp_qlora.adapters import matrix_name, read_adapter_config
 from fsdp_qlora.errors import CheckpointError, WeightsError
+from fsdp_qlora.export.standalone import Source
 from fsdp_qlora.output_files import WEIGHTS_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.quant.linear import ADAPTER_PARTS
 from fsdp_qlora.quant.lora import pattern_value
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
-from fsdp_qlora.standalone import Source
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_header
 from fsdp_qlora.weights.loader import copy_quantized

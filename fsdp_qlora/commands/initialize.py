@@ -18,14 +18,10 @@ from torch import Tensor
 
 from fsdp_qlora.adapters import PREFIX, layer_config, peft_layer, write_adapter
 from fsdp_qlora.config import InitializeConfig
+from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.errors import CheckpointError, ConfigError, WeightsError
-from fsdp_qlora.lora_config import lora_settings
-from fsdp_qlora.merged_weights import Weights
-from fsdp_qlora.models.hub import resolve
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears
-from fsdp_qlora.quant.lora import adapted_layers
-from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
-from fsdp_qlora.standalone import (
+from fsdp_qlora.export.merged_weights import Weights
+from fsdp_qlora.export.standalone import (
     Source,
     Target,
     check_folders,
@@ -36,6 +32,10 @@ from fsdp_qlora.standalone import (
     side_files,
     write_checkpoint,
 )
+from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears
+from fsdp_qlora.quant.lora import adapted_layers
+from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.weights.index import TensorEntry
 from fsdp_qlora.weights.writer import Part, Sink, Slot
 

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.checkpoint_config import size_in_bytes
+from fsdp_qlora.config.export import size_in_bytes
 from fsdp_qlora.errors import CheckpointError, ConfigError
 from fsdp_qlora.files import write_file
 from fsdp_qlora.models.families import Family

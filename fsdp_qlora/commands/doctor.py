@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fsdp_qlora.command_config import DoctorConfig
+from fsdp_qlora.config.command import DoctorConfig
 from fsdp_qlora.doctor import gpus, host, launcher, software
 from fsdp_qlora.doctor.finding import Finding, problem
 

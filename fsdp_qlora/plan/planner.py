@@ -11,9 +11,9 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 from fsdp_qlora import loss
-from fsdp_qlora.memory import GIB
-from fsdp_qlora.model_shape import ModelShape, Widths
+from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.parallel import MemorySettings, spread
+from fsdp_qlora.plan.model_shape import ModelShape, Widths
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,1 @@
+"""Standalone checkpoints made from a base and an adapter, and what tells others of them."""

@@ -1,0 +1,1 @@
+"""What a run needs of memory and time, and the settings that make it fit."""
