@@ -63,8 +63,9 @@ class HiddenStore:
         self._fetch(index)
         hidden, arrived = self._fetched.pop(index)
         arrived.wait()
-        if index - 1 in self._away:
-            self._fetch(index - 1)
+        following = max((other for other in self._away if other < index), default=None)
+        if following is not None:
+            self._fetch(following)
         return hidden
 
     def _fetch(self, index: int) -> None:

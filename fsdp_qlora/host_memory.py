@@ -10,6 +10,7 @@ import os
 import weakref
 from pathlib import Path, PurePosixPath
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -34,18 +35,23 @@ def host_buffer(size_bytes: int, pinned: bool) -> Tensor:
     if not pinned or size_bytes == 0:
         return torch.empty(size_bytes, dtype=torch.uint8)
     pages = mmap.mmap(-1, size_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-    buffer = torch.frombuffer(pages, dtype=torch.uint8)
-    runtime = torch.cuda.cudart()  # type: ignore[no-untyped-call]
-    result = runtime.cudaHostRegister(buffer.data_ptr(), size_bytes, 0)
+    array = np.frombuffer(pages, dtype=np.uint8)
+    runtime, address = torch.cuda.cudart(), array.ctypes.data  # type: ignore[no-untyped-call]
+    result = runtime.cudaHostRegister(address, size_bytes, 0)
     if int(result) != 0:
         raise TrainingError(
             f"{size_bytes / GIB:.1f} GiB of CPU memory cannot be page-locked (CUDA error {int(result)}); of what is"
             f" available ({available_host_bytes() / GIB:.1f} GiB) the system keeps that much back: offload less with"
             " --cpu_offload, or raise the limits that `ulimit -l` and the container set"
         )
-    unlock = weakref.finalize(pages, runtime.cudaHostUnregister, buffer.data_ptr())
+    # The tensor keeps the array, and this the pages until they are unlocked.
+    unlock = weakref.finalize(array, _unlock, address, pages)
     unlock.atexit = False  # the process's end releases everything, and CUDA may be gone by then
-    return buffer
+    return torch.from_numpy(array)
+
+
+def _unlock(address: int, pages: mmap.mmap) -> None:
+    torch.cuda.cudart().cudaHostUnregister(address)  # type: ignore[no-untyped-call]
 
 
 class HostArena:

@@ -103,6 +103,10 @@ class LossModel(nn.Module):
         return head
 
 
+COMPILED_VERSIONS = 64
+"""Most versions of a compiled block."""
+
+
 @dataclass(frozen=True)
 class MemorySettings:
     """Where things rest between uses, and what backward computes again.
@@ -182,6 +186,9 @@ def parallelize(
         last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear else None
         assert last is None or isinstance(last, LoRALinear | QuantizedExperts)
         if compiled:
+            # All blocks share their compiled code, which has a version for each kind of block, mode and shape; at PyTorch's
+            # limit of 8 the rest of them would run uncompiled without an error.
+            torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
             block.compile()
         blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random)
     root = LossModel(skeleton)

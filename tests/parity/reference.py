@@ -325,6 +325,14 @@ def relative_difference(found: Tensor, expected: Tensor) -> float:
     return ((found - expected).abs().max() / expected.abs().max()).item()
 
 
+def gradient_distance(found: Gradients, expected: Gradients) -> float:
+    """Return the norm of the gradients' difference over the norm expected; for bf16, whose single values vary."""
+    apart = sum((found.grads[name].double() - grad.double()).square().sum() for name, grad in expected.grads.items())
+    whole = sum(grad.double().square().sum() for grad in expected.grads.values())
+    assert isinstance(apart, Tensor)
+    return float((apart / whole).sqrt())
+
+
 def max_gradient_difference(found: Gradients, expected: Gradients) -> float:
     """Return the largest relative difference over the LoRA matrices; they must be the same ones."""
     assert set(found.grads) == set(expected.grads)

@@ -150,3 +150,15 @@ def test_correct_targets_are_counted_in_chunks(monkeypatch: pytest.MonkeyPatch, 
     assert TOKENS // 3 <= expected < TOKENS
     assert int(count_correct(hidden, head, labels)) == expected
     assert int(count_correct(hidden[:0], head, labels[:0])) == 0, "a rank without targets"
+
+
+def test_the_gradients_factor_is_not_rounded_to_bf16() -> None:
+    generator = torch.Generator().manual_seed(0)
+    hidden = torch.randn(2100, 16, generator=generator).bfloat16().requires_grad_()
+    head = torch.randn(32, 16, generator=generator).bfloat16()
+    labels = torch.randint(0, 32, (2100,), generator=generator)
+    chunked_cross_entropy(hidden, head, labels).backward()
+    assert hidden.grad is not None
+    whole, hidden.grad = hidden.grad, None
+    (chunked_cross_entropy(hidden, head, labels) / 771).backward()  # 1 / 771 is far from any bf16 number
+    assert hidden.grad.equal((whole.float() * torch.tensor(1 / 771)).bfloat16())
