@@ -67,8 +67,8 @@ model that stands alone. `--method loftq` writes an adapter only, which belongs 
 that `--quant_type` and `--double_quant` say (one step of LoftQ, as PEFT's `replace_lora_weights_loftq`; the factors take
 alpha / rank into account, which PEFT's do not: the results are equal where that is 1).
 
-Both use a randomised singular value decomposition of 16 iterations; `--iterations 0` is the exact one. A killed run is
-begun again with `--overwrite`.
+Both use a randomised singular value decomposition of 16 iterations; `--iterations 0` is the exact one. Restart a
+killed run with `--overwrite`.
 """
 
 
