@@ -74,10 +74,17 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
         examples = data.load_store(config.dataset, config, tokenizer, report)
         if not len(examples):
             raise DataError(f"dataset {config.dataset}: no answer begins within --context_length; raise it")
-        data.check_vocabulary(examples, read_config(base)[0].vocab_size)
+        vocab_size = read_config(base)[0].vocab_size
+        data.check_vocabulary(examples, vocab_size)
     built = _build(config, ranks, base, adapter)
     loader = data.make_loader(
-        Mixture([examples]), config, tokenizer, rank=ranks.rank, world_size=ranks.world_size, accumulation=None
+        Mixture([examples]),
+        config,
+        tokenizer,
+        rank=ranks.rank,
+        world_size=ranks.world_size,
+        accumulation=None,
+        vocab_size=vocab_size,
     )
     figures = evaluate(built.root, {"": loader}, ranks)
     if not config.exact_match:

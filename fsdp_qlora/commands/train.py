@@ -165,7 +165,7 @@ def _load_data(session: Session, folder: Path) -> tuple[PreTrainedTokenizerBase,
         vocab_size = read_config(folder)[0].vocab_size
         for store in (*splits.train.stores, *splits.evaluation.values()):
             data.check_vocabulary(store, vocab_size)
-        own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size}
+        own: dict[str, Any] = {"rank": ranks.rank, "world_size": ranks.world_size, "vocab_size": vocab_size}
         accumulation = config.gradient_accumulation_steps
         train_loader = data.make_loader(splits.train, config, tokenizer, accumulation=accumulation, **own)
         loaders = {

@@ -267,9 +267,16 @@ def make_loader(
     rank: int,
     world_size: int,
     accumulation: int | None,
+    vocab_size: int | None,
 ) -> Loader:
-    """Return the loader of one rank: of training data in random order, or of evaluation data (accumulation=None)."""
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else (tokenizer.eos_token_id or 0)
+    """Return the loader of one rank: of training data in random order, or of evaluation data (accumulation=None).
+
+    Args:
+        vocab_size: rows of the model's embedding; None where no model will see the batches.
+    """
+    # a pad token is often added to a tokenizer without a row for it in the embedding
+    candidates = (tokenizer.pad_token_id, tokenizer.eos_token_id)
+    usable = (token for token in candidates if token is not None and (vocab_size is None or token < vocab_size))
     return Loader(
         examples,
         batch_size=config.batch_size,
@@ -280,5 +287,5 @@ def make_loader(
         world_size=world_size,
         seed=config.seed,
         shuffle=accumulation is not None,
-        pad_token_id=pad,
+        pad_token_id=next(usable, 0),
     )

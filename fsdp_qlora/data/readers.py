@@ -119,9 +119,9 @@ def read_csv(path: Path) -> Iterator[RawRow]:
             line = reader.line_num + 1
             if not header:
                 header = fields
-            elif len(fields) != len(header):
+            elif fields and len(fields) != len(header):
                 yield RawRow(where, {}, f"expected {len(header)} fields as in the first row, found {len(fields)}")
-            elif fields:
+            elif fields:  # the line is not blank
                 yield RawRow(where, dict(zip(header, fields, strict=True)))
 
 

@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.data import DataSettings, named_datasets, training_datasets, weights_of
 from fsdp_qlora.data.cache import load_store
 from fsdp_qlora.data.report import DataReport
-from fsdp_qlora.data.store import Mixture, TokenStore
+from fsdp_qlora.data.store import Mixture, TokenStore, rounds_of
 from fsdp_qlora.errors import DataError
 
 MAX_EVAL_ROWS = 1000
@@ -34,7 +34,7 @@ def load_splits(config: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Spl
     context_length tokens and the order of the file; sets without any are left out.
 
     Raises:
-        DataError: a dataset or row that cannot be used, or no training example left.
+        DataError: a dataset or row that cannot be used, or a dataset without a training example left.
     """
     report = DataReport(bad_rows=config.bad_rows)
     datasets = training_datasets(config)
@@ -46,18 +46,24 @@ def load_splits(config: DataSettings, tokenizer: PreTrainedTokenizerBase) -> Spl
     else:
         named = named_datasets(config.eval_dataset)
         evaluation = {name: load_store(dataset, config, tokenizer, report) for name, dataset in named.items()}
-    for dataset, store in zip(datasets, stores, strict=True):
+    weights = weights_of(config)
+    for dataset, store, weight in zip(datasets, stores, weights, strict=True):
         if not len(store):
             raise DataError(
                 f"dataset {dataset}: no training example is left; no answer begins within "
                 f"--context_length {config.context_length}: raise it"
+            )
+        if not any(rounds_of(len(store), weight)):
+            raise DataError(
+                f"dataset {dataset}: its weight {weight:g} of {len(store)} examples rounds to none; give it a greater one"
+                " in --dataset_weights, or leave it out of --dataset"
             )
     report.num_examples = sum(map(len, stores))
     report.num_eval_examples = sum(map(len, evaluation.values()))
     report.num_tokens = sum(int(store.lengths.sum()) for store in stores)
     report.num_targets = sum(int(store.num_targets.sum()) for store in stores)
     evaluation = {name: store for name, store in evaluation.items() if len(store)}
-    return Splits(Mixture(stores, weights_of(config)), evaluation, report)
+    return Splits(Mixture(stores, weights), evaluation, report)
 
 
 def hold_out(store: TokenStore, share: float, seed: int) -> tuple[TokenStore, TokenStore]:

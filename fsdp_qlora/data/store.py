@@ -111,7 +111,7 @@ class TokenStore:
     @cached_property
     def digest(self) -> str:
         """A checksum of the examples."""
-        whole = self._digest or _checksum([self._input_ids, self._is_target, self._starts])
+        whole = self._digest or "".join(map(_checksum, (self._input_ids, self._is_target, self._starts)))
         return hashlib.sha256(whole.encode() + self._chosen.tobytes()).hexdigest()
 
     def select(self, indices: Indices) -> TokenStore:
@@ -132,20 +132,25 @@ def write_store(folder: Path, examples: Iterable[Example], meta: Callable[[], di
     """Write examples to a new folder as they come, and beside them what `meta()` returns when all have come."""
     folder.mkdir(parents=True)
     starts, counts = array("q", [0]), array("q")
-    digest, largest_id = hashlib.sha256(), 0
+    ids_digest, targets_digest, largest_id = hashlib.sha256(), hashlib.sha256(), 0
     iterator = iter(examples)
     with (folder / _IDS).open("wb") as ids_file, (folder / _TARGETS).open("wb") as targets_file:
         while chunk := list(itertools.islice(iterator, CHUNK_EXAMPLES)):
             part = TokenStore.from_examples(chunk)
-            ids_file.write(part._input_ids.tobytes())
-            targets_file.write(part._is_target.tobytes())
-            digest.update(_checksum([part._input_ids, part._is_target]).encode())
+            for values, file, running in (
+                (part._input_ids, ids_file, ids_digest),
+                (part._is_target, targets_file, targets_digest),
+            ):
+                file.write(values.tobytes())
+                running.update(values.tobytes())
             largest_id = max(largest_id, part.largest_id)
             starts.extend((part._starts[1:] + starts[-1]).tolist())
             counts.extend(part._num_targets.tolist())
     np.save(folder / _STARTS, np.array(starts, dtype=np.int64))
     np.save(folder / _COUNTS, np.array(counts, dtype=np.int64))
-    content = {"digest": _checksum([np.array(starts)]) + digest.hexdigest(), "largest_id": largest_id, **meta()}
+    # as TokenStore.digest has it, so that a run can go on with its tokens in memory
+    digest = ids_digest.hexdigest() + targets_digest.hexdigest() + _checksum(np.array(starts))
+    content = {"digest": digest, "largest_id": largest_id, **meta()}
     (folder / _META).write_text(json.dumps(content), encoding="utf-8")
 
 
@@ -177,8 +182,7 @@ class Mixture:
         """Return the examples of an epoch, unshuffled."""
         found = []
         for first, store, weight in zip(self._firsts[:-1], self.stores, self.weights, strict=True):
-            whole = int(weight)
-            rest = round((weight - whole) * len(store))
+            whole, rest = rounds_of(len(store), weight)
             found += [np.arange(len(store)) + first] * whole
             if rest:
                 found.append(np.sort(random.permutation(len(store))[:rest]) + first)
@@ -192,13 +196,16 @@ class Mixture:
         return list(zip(self.stores, self.weights, strict=True))
 
 
+def rounds_of(num_examples: int, weight: float) -> tuple[int, int]:
+    """Return how often an epoch goes through all examples of a dataset, and through how many of them once more."""
+    whole = int(weight)
+    return whole, round((weight - whole) * num_examples)
+
+
 def _count_targets(example: Example) -> int:
     """Return how many tokens count in the loss; nothing predicts the first one."""
     return len(example.labels) - 1 - example.labels[1:].count(IGNORE)
 
 
-def _checksum(arrays: Iterable[npt.NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for part in arrays:
-        digest.update(np.ascontiguousarray(part).data)
-    return digest.hexdigest()
+def _checksum(values: npt.NDArray[Any]) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).data).hexdigest()

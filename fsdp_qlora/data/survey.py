@@ -66,7 +66,13 @@ def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
     splits = load_splits(config, tokenizer)
     train, report = splits.train, splits.report
     loader = make_loader(
-        train, config, tokenizer, rank=0, world_size=config.gpus, accumulation=config.gradient_accumulation_steps
+        train,
+        config,
+        tokenizer,
+        rank=0,
+        world_size=config.gpus,
+        accumulation=config.gradient_accumulation_steps,
+        vocab_size=None,
     )
     lengths = np.array(report.lengths)
     names = {"shortest": 0, "median": 50, "95 %": 95, "longest": 100}

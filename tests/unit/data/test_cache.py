@@ -37,12 +37,16 @@ def load(config: TrainConfig, family: str = "chatml") -> tuple[list[Example], Da
     return [example for part in splits.train.stores for example in part], splits.report
 
 
-def test_files_hold_what_memory_holds(dataset: str, tmp_path: Path) -> None:
+def test_files_hold_what_memory_holds(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(store, "CHUNK_EXAMPLES", 7)
     config = settings(dataset, tmp_path, context_length=64)
     first, report = load(config)
     again, same_report = load(config)
-    plain, plain_report = load(dataclasses.replace(config, token_cache="none"))
+    in_memory = dataclasses.replace(config, token_cache="none")
+    plain, plain_report = load(in_memory)
     assert first == again == plain
+    digests = [load_splits(one, tiny_tokenizer("chatml")).train.digest() for one in (config, in_memory)]
+    assert digests[0] == digests[1], "a run goes on whatever --token_cache says"
     assert report == same_report == plain_report
     assert report.num_truncated > 0
 
@@ -186,6 +190,12 @@ def test_weights_of_datasets(tmp_path: Path) -> None:
     assert loaders[0].stats().num_examples == 38
     unweighted = Loader(Mixture(splits.train.stores), rank=0, world_size=2, shuffle=True, pad_token_id=0, **common)
     assert loaders[0].digest() != unweighted.digest()
+
+
+def test_weights_that_leave_nothing(dataset: str, tmp_path: Path) -> None:
+    for datasets, weights in ((dataset, "0.02"), (f"demo,{dataset}", "1,0.02")):
+        with pytest.raises(DataError, match=r"rows\.jsonl: its weight 0\.02 of 20 examples rounds to none"):
+            load(settings(datasets, tmp_path, dataset_weights=weights))
 
 
 def test_alike_lengths_come_near_each_other() -> None:

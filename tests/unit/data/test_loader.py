@@ -9,8 +9,11 @@ import numpy as np
 import pytest
 import torch
 
+from fsdp_qlora import data
+from fsdp_qlora.config import DataConfig
 from fsdp_qlora.data.loader import Batch, Loader
 from fsdp_qlora.data.tokenize import IGNORE, Example
+from tests.unit.data.families import tiny_tokenizer
 
 PAD = 7
 CONTEXT = 64
@@ -212,3 +215,26 @@ def test_to_moves_every_tensor() -> None:
         "meta"
     }
     assert (moved.max_seqlen, moved.num_targets) == (batch.max_seqlen, batch.num_targets)
+
+
+def test_padding_has_a_row_in_the_embedding() -> None:
+    """A pad token added to a tokenizer is mostly the first number after the embedding's last row."""
+    tokenizer = tiny_tokenizer("chatml")
+    tokenizer.add_special_tokens({"pad_token": "<added>"})
+    pad, end = tokenizer.pad_token_id, tokenizer.eos_token_id
+    assert end < pad
+
+    def padding(vocab_size: int | None) -> int:
+        made = data.make_loader(
+            make_examples(1),
+            DataConfig(dataset="demo", context_length=CONTEXT),
+            tokenizer,
+            rank=0,
+            world_size=1,
+            accumulation=1,
+            vocab_size=vocab_size,
+        )
+        (batch,) = made.step(0, 0)
+        return int(batch.input_ids[0, -1])
+
+    assert [padding(size) for size in (None, pad + 1, pad, end)] == [pad, pad, end, 0]

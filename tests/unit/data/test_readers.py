@@ -51,13 +51,13 @@ def test_damaged_json_list(tmp_path: Path, content: bytes, reason: str) -> None:
 @pytest.mark.parametrize("bom", [b"", BOM])
 @pytest.mark.parametrize("end", ["\n", "\r\n"])
 def test_csv(tmp_path: Path, bom: bytes, end: str) -> None:
-    lines = ["prompt,completion", '"a, b","two', 'lines"', "c,d", "only one", "e,f", ""]
+    lines = ["prompt,completion", '"a, b","two', 'lines"', "c,d", "only one", "", "e,f", "", ""]
     path = write(tmp_path, "a.csv", bom + end.join(lines).encode())
     rows = list(read_raw(path))
     assert rows[0] == RawRow(f"{path}:2", {"prompt": "a, b", "completion": f"two{end}lines"})
     assert rows[1] == RawRow(f"{path}:4", {"prompt": "c", "completion": "d"})
     assert rows[2] == RawRow(f"{path}:5", {}, "expected 2 fields as in the first row, found 1")
-    assert rows[3] == RawRow(f"{path}:6", {"prompt": "e", "completion": "f"})
+    assert rows[3] == RawRow(f"{path}:7", {"prompt": "e", "completion": "f"})
     assert len(rows) == 4
 
 
