@@ -1,0 +1,53 @@
+"""Compiled blocks stay compiled: one code for all, in enough versions for every kind of block, mode and shape."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fsdp_qlora import parallel
+from fsdp_qlora.build import build_model
+from fsdp_qlora.distributed import Ranks
+from fsdp_qlora.models import attention
+from fsdp_qlora.parallel import MemorySettings
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from tests.parity.reference import make_trainer, random_ids, whole_rows
+from tests.tiny import COMMON, save_tiny
+
+
+def one_operation(query: Tensor, key: Tensor, value: Tensor, *_: object) -> Tensor:
+    """Stand in for attention, which on CPUs looks at values and so is not compiled."""
+    groups = query.shape[1] // key.shape[1]
+    return query + (key + value).repeat_interleave(groups, dim=1)
+
+
+def train(folder: Path, ranks: Ranks) -> None:
+    """Train and evaluate on several shapes, half of the blocks recomputed and half of them with LoRA."""
+    torch._dynamo.reset()
+    lora = LoraSettings(4, 8.0, layers=(0, 1))
+    memory = MemorySettings(checkpoint_blocks=2)
+    built = build_model(folder, ranks, QuantSettings(), lora, torch.float32, memory=memory, compiled=True)
+    trainer = make_trainer(built, ranks, max_steps=3)
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True):
+        for step, tokens in enumerate((16, 24, 40)):
+            batch = whole_rows(random_ids(2, tokens, COMMON["vocab_size"]))
+            trainer.train_step([batch], step)
+            built.root.eval()
+            with torch.no_grad():
+                trainer.loss(batch)
+
+
+def test_versions_suffice(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compile(module: nn.Module) -> None:
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    monkeypatch.setattr(attention, "_by_document", one_operation)
+    folder = save_tiny("olmo3", tmp_path)
+    train(folder, ranks)
+    monkeypatch.setattr(parallel, "COMPILED_VERSIONS", 8)
+    with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
+        train(folder, ranks)
