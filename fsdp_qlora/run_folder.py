@@ -27,7 +27,7 @@ Status = Literal["completed", "preempted", "failed"]
 LOCK, METRICS, RECORD, EXIT = ".lock", "metrics.jsonl", "run.json", "exit.json"
 ADAPTER, BEST = "adapter", "best"
 _NAMES = re.compile(
-    r"(metrics\.jsonl|run\.json)(\.partial)?|exit\.json(\.\w+\.partial)?|checkpoints|best|wandb|tensorboard"
+    r"(metrics\.jsonl|run\.json|best)(\.partial)?|exit\.json(\.\w+\.partial)?|checkpoints|wandb|tensorboard"
     r"|profile-rank-\d+\.json\.gz|memory-rank-\d+\.pickle"
 )
 """What a run leaves that ended before its first checkpoint: nothing is lost if the next one starts over."""
@@ -110,13 +110,27 @@ def _check(config: TrainConfig, folder: Path, entries: set[str]) -> bool:
     """Return whether the folder holds a completed run of these settings; ConfigError if it must not be used."""
     if config.overwrite or not entries:
         return False
-    if config.resume != "none" and checkpoint_folders(folder):
-        goes_on = config.resume == "auto" or Path(config.resume).resolve().is_relative_to(folder.resolve())
-        if goes_on:
-            return config.resume == "auto" and _is_completed(config, folder)
-    elif config.resume == "auto" and all(_NAMES.fullmatch(name) for name in entries):
-        return False
+    start = where_to_start(config)
+    if start != "none":
+        if checkpoint_folders(folder):
+            return start == "auto" and _is_completed(config, folder)
+        if all(_NAMES.fullmatch(name) for name in entries):
+            return False
     raise ConfigError(f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite")
+
+
+def where_to_start(config: TrainConfig) -> str:
+    """Return what --resume comes to in the output folder as it is: 'auto', 'none', or the path of a checkpoint or run.
+
+    A path elsewhere is for the first start only: with checkpoints of its own, the same command goes on from those.
+    """
+    if config.overwrite:
+        return "none"
+    folder = Path(config.output_dir)
+    if config.resume not in ("auto", "none") and checkpoint_folders(folder):
+        inside = Path(config.resume).resolve().is_relative_to(folder.resolve())
+        return config.resume if inside else "auto"
+    return config.resume
 
 
 def _is_completed(config: TrainConfig, folder: Path) -> bool:

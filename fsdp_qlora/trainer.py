@@ -1,4 +1,4 @@
-"""Fine-tuning from start to end. The algorithm is `Trainer.train_step`; finetune.py sets it up."""
+"""Fine-tuning from start to end. The algorithm is `Trainer.train_step`; commands/train.py sets it up."""
 
 from __future__ import annotations
 
@@ -74,10 +74,10 @@ class Trainer:
         self.progress = progress or Progress()
         built.skeleton.blocks[0].register_forward_pre_hook(lambda *_: self.progress.beat())
         self.position = start = start or Position()
-        self.num_steps = config.max_steps
+        self.num_steps = max(config.max_steps, start.step)
         if config.max_steps < 0:
             left = sum(train.num_steps(epoch) for epoch in range(start.epoch, config.num_epochs))
-            self.num_steps = start.step + left - start.sequences // train.sequences_per_step
+            self.num_steps = start.step + max(0, left - start.sequences // train.sequences_per_step)
 
     def loss(self, batch: data.Batch) -> torch.Tensor:
         """Return the sum of the token losses of a micro-batch, on this rank."""

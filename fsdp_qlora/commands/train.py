@@ -39,7 +39,7 @@ from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over
+from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over, where_to_start
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.session import Session, run_session
@@ -62,7 +62,7 @@ def _train(session: Session) -> bool:
     config, ranks, progress, output = session.config, session.ranks, session.progress, session.output
     torch.manual_seed(config.seed + ranks.rank)
     random.seed(config.seed + ranks.rank)
-    found = find_checkpoint("none" if config.overwrite else config.resume, output, ranks, session.say)
+    found = find_checkpoint(from_main(where_to_start(config)), output, ranks, session.say)
     folder = _resolve_model(session)
     lora, initial = _lora(config, ranks, folder)
     memory = _memory_settings(config, ranks, folder, lora)
@@ -311,12 +311,15 @@ def _base_name(config: TrainConfig, folder: Path) -> str:
 
 
 def _say_summary(config: TrainConfig, summary: dict[str, Any], output: Path) -> None:
-    evaluation = ""
-    if summary["eval_loss_before"] is not None:
-        evaluation = f", eval loss {summary['eval_loss_before']:.4f} -> {summary['eval_loss_after']:.4f}"
+    # of a run that went on from another folder, or had no step left to do, not all of these are known
+    train_loss, *evaluations = (summary[name] for name in ("train_loss", "eval_loss_before", "eval_loss_after"))
+    known = [f"{loss:.4f}" for loss in evaluations if loss is not None]
     print(
         f"done: {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
-        f" ({summary['tokens_per_second']:.0f} tok/s), train loss {summary['train_loss']:.4f}{evaluation}\n"
+        f" ({summary['tokens_per_second']:.0f} tok/s)"
+        + ("" if train_loss is None else f", train loss {train_loss:.4f}")
+        + (f", eval loss {' -> '.join(known)}" if known else "")
+        + "\n"
         f"adapter: {output / 'adapter'}\n"
         f'try it: fsdp-qlora generate --adapter {output / "adapter"} --prompt "..."',
         flush=True,

@@ -156,7 +156,7 @@ class TrainConfig(MethodSettings, DataSettings):
 
     resume: str = "auto"
     """auto: go on from the newest intact checkpoint in --output_dir, if any; none: never; or the path of a checkpoint
-    (step-000100) or of another run's folder."""
+    (step-000100) or of another run's folder, to start from while --output_dir has no checkpoint of its own."""
 
     log_to: str = "none"
     """Trackers besides metrics.jsonl: none, or wandb and tensorboard separated by commas. One that fails never stops the

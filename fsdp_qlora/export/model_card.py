@@ -125,7 +125,8 @@ def _usage(repo: str, base: str, is_adapter: bool, form: Mapping[str, Any]) -> s
 
 def _results(result: Mapping[str, Any]) -> list[tuple[str, str]]:
     rows = [("optimizer steps", f"{result['steps']:,}"), ("tokens", f"{result['tokens']:,}")]
-    rows.append(("training loss, last step", f"{result['train_loss']:.4f}"))
+    if result["train_loss"] is not None:  # as of a run that had no step left to do
+        rows.append(("training loss, last step", f"{result['train_loss']:.4f}"))
     for title, key in (("before", "eval_loss_before"), ("after", "eval_loss_after")):
         if result.get(key) is not None:
             loss = float(result[key])

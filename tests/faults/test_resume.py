@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from tests.faults import trials
-from tests.faults.faults import kill_after_step
-from tests.faults.jobs import losses, of_world, state, train
+from tests.faults.faults import fail_at, kill_after_step
+from tests.faults.jobs import ended, losses, of_world, state, train
 from tests.tiny import save_tiny
 
 
@@ -102,3 +102,30 @@ def test_from_another_folder_and_from_an_older_checkpoint(
     assert "holds later checkpoints (step-000008); delete them" in trials.printed(references[1])
     assert train(1, {**settings, "output_dir": tmp_path / "new", "resume": tmp_path}) == [2]
     assert "holds no checkpoint" in trials.printed(tmp_path / "new")
+
+
+def test_the_same_command_restarts_a_run_from_another_folder(
+    inputs: dict[str, str], references: dict[int, Path], tmp_path: Path
+) -> None:
+    run, older = tmp_path / "run", references[1] / "checkpoints" / "step-000006"
+    settings = {**of_world(inputs, 1), "output_dir": run, "resume": older}
+    assert train(1, settings, functools.partial(kill_after_step, 7)) == [-9], "before its first checkpoint"
+    preempted = functools.partial(fail_at, "first step", "SIGTERM", 0, tmp_path / "marker")
+    assert train(1, settings, preempted) == [0], "after the checkpoint of step 7"
+    assert train(1, settings) == [0]
+    assert f"going on from {run / 'checkpoints' / 'step-000007'}\n" in trials.printed(run)
+    assert state(run) == state(references[1])
+    assert train(1, settings) == [0]
+    assert "completed: nothing to do" in trials.printed(run)
+
+
+@pytest.mark.parametrize("max_steps", [8, 4])
+def test_a_run_without_a_step_left_completes(
+    inputs: dict[str, str], references: dict[int, Path], tmp_path: Path, max_steps: int
+) -> None:
+    run = tmp_path / "run"
+    settings = {**of_world(inputs, 1), "output_dir": run, "resume": references[1], "max_steps": max_steps}
+    assert train(1, settings) == [0], trials.printed(run)
+    end = ended(run)
+    assert (end["status"], end["step"], end["num_steps"]) == ("completed", 8, 8)
+    assert "done: 8 steps" in trials.printed(run)

@@ -13,7 +13,7 @@ import pytest
 from fsdp_qlora.checkpoint import FOLDER, Manifest, Position, name_of, publish
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.run_folder import Progress, keep_metrics, start_over, take, write_exit
+from fsdp_qlora.run_folder import Progress, keep_metrics, start_over, take, where_to_start, write_exit
 
 
 def config(folder: Path, **settings: object) -> TrainConfig:
@@ -53,6 +53,7 @@ def test_an_earlier_result_is_not_overwritten_unasked(tmp_path: Path, resume: st
 def test_what_a_run_left_before_its_first_checkpoint_does_not_stop_the_next(tmp_path: Path) -> None:
     for name in ("run.json", "metrics.jsonl", "exit.json", "exit.json.0ab1.partial"):
         (tmp_path / name).write_text("{}")
+    (tmp_path / "best.partial").mkdir()
     (tmp_path / FOLDER / "step-000004.partial-abc").mkdir(parents=True)
     assert not take_and_release(tmp_path)
     assert not (tmp_path / "exit.json").exists(), "it would be taken for this run's"
@@ -66,9 +67,22 @@ def test_a_run_with_checkpoints_is_taken_over(tmp_path: Path) -> None:
     (tmp_path / "adapter").mkdir()
     assert not take_and_release(tmp_path)
     assert not take_and_release(tmp_path, resume=str(tmp_path / FOLDER / "step-000004"))
-    for resume in ("none", str(tmp_path.parent)):
-        with pytest.raises(ConfigError, match="is not empty"):
-            take(config(tmp_path, resume=resume))
+    with pytest.raises(ConfigError, match="is not empty"):
+        take(config(tmp_path, resume="none"))
+
+
+def test_a_run_from_another_folder_is_restarted_by_the_same_command(tmp_path: Path) -> None:
+    run, other = tmp_path / "run", str(tmp_path / "other")
+    (run / "best.partial").mkdir(parents=True)
+    assert not take_and_release(run, resume=other)
+    assert where_to_start(config(run, resume=other)) == other, "it was ended before its first checkpoint"
+    own = add_checkpoint(run, 4)
+    assert not take_and_release(run, resume=other)
+    assert where_to_start(config(run, resume=other)) == "auto"
+    assert where_to_start(config(run, resume=str(own))) == str(own)
+    (tmp_path / "taken" / "thesis").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is not empty"):
+        take(config(tmp_path / "taken", resume=other))
 
 
 def test_a_completed_run_is_recognised_by_its_settings(tmp_path: Path) -> None:
