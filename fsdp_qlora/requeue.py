@@ -81,9 +81,11 @@ def output_dir(arguments: Sequence[str]) -> Path:
 
 def begin(run_dir: Path, max_fruitless: int) -> tuple[int, str]:
     """Return whether to start an attempt, as exit code and words; forget how the last one ended."""
-    attempts = _read(run_dir)
-    if attempts.running:  # killed with its machine, or requeued by hand: it could not say how it ended
-        attempts = attempts.ended(saved_step(run_dir))
+    attempts, saved = _read(run_dir), saved_step(run_dir)
+    if saved < attempts.step:  # what was counted has been deleted: this is another run
+        attempts = Attempts(saved)
+    elif attempts.running:  # killed with its machine, or requeued by hand: it could not say how it ended
+        attempts = attempts.ended(saved)
     if attempts.fruitless >= max_fruitless:
         _write(run_dir, Attempts(attempts.step))  # a job that is submitted anew starts counting anew
         return GIVE_UP, f"{attempts.fruitless} attempts got no further than step {attempts.step}; giving up. {ADVICE}"
@@ -99,11 +101,14 @@ def end(run_dir: Path, max_fruitless: int, signalled: bool) -> tuple[int, str]:
     Args:
         signalled: whether the job was told to end. One that was stopped while it loaded leaves no exit.json.
     """
-    before, status = _read(run_dir), _status(run_dir)
-    attempts = before.ended(saved_step(run_dir))
+    before, saved, status = _read(run_dir), saved_step(run_dir), _status(run_dir)
+    if saved < before.step:  # --overwrite: this attempt began at step 0
+        before = replace(before, step=0)
+    attempts = before.ended(saved)
     progressed = attempts.step > before.step
     _write(run_dir, attempts)
     if status == "completed":
+        _state_file(run_dir).unlink()
         return GO, f"{run_dir} is complete"
     if status == "failed":
         return GIVE_UP, f"the run failed; not requeued. {ADVICE}"

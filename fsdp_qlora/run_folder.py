@@ -32,6 +32,9 @@ _NAMES = re.compile(
 )
 """What a run leaves that ended before its first checkpoint: nothing is lost if the next one starts over."""
 
+RESTARTS = ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT")
+"""Environment variables in which torchrun (--max-restarts) and SLURM (requeue) count the restarts of a job."""
+
 
 @dataclass
 class Progress:
@@ -108,7 +111,7 @@ def take(config: TrainConfig) -> tuple[FileLock, bool]:
 
 def _check(config: TrainConfig, folder: Path, entries: set[str]) -> bool:
     """Return whether the folder holds a completed run of these settings; ConfigError if it must not be used."""
-    if config.overwrite or not entries:
+    if starts_over(config) or not entries:
         return False
     start = where_to_start(config)
     if start != "none":
@@ -119,12 +122,18 @@ def _check(config: TrainConfig, folder: Path, entries: set[str]) -> bool:
     raise ConfigError(f"output_dir '{folder}' is not empty; choose another, or replace its results with --overwrite")
 
 
+def starts_over(config: TrainConfig) -> bool:
+    """Return whether --overwrite still holds: not when the job was started again after it did what it says."""
+    restarted = any(int(os.environ.get(name) or 0) > 0 for name in RESTARTS)
+    return config.overwrite and not (restarted and _recorded(Path(config.output_dir)).get("overwrite", False))
+
+
 def where_to_start(config: TrainConfig) -> str:
     """Return what --resume comes to in the output folder as it is: 'auto', 'none', or the path of a checkpoint or run.
 
     A path elsewhere is for the first start only: with checkpoints of its own, the same command goes on from those.
     """
-    if config.overwrite:
+    if starts_over(config):
         return "none"
     folder = Path(config.output_dir)
     if config.resume not in ("auto", "none") and checkpoint_folders(folder):
@@ -136,11 +145,20 @@ def where_to_start(config: TrainConfig) -> str:
 def _is_completed(config: TrainConfig, folder: Path) -> bool:
     try:
         status = json.loads((folder / EXIT).read_text())["status"]
-        before = json.loads((folder / RECORD).read_text())["config"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
+    before = _recorded(folder)
     now = {name: value for name, value in to_dict(config).items() if name not in ("resume", "overwrite", "debug")}
     return status == "completed" and (folder / ADAPTER).is_dir() and now.items() <= before.items()
+
+
+def _recorded(folder: Path) -> dict[str, Any]:
+    """Return the settings of the run that the folder holds; {} if none began to train."""
+    try:
+        settings: dict[str, Any] = json.loads((folder / RECORD).read_text())["config"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+    return settings
 
 
 def _clear(folder: Path) -> None:

@@ -39,7 +39,7 @@ from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over, where_to_start
+from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over, starts_over, where_to_start
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.session import Session, run_session
@@ -62,6 +62,8 @@ def _train(session: Session) -> bool:
     config, ranks, progress, output = session.config, session.ranks, session.progress, session.output
     torch.manual_seed(config.seed + ranks.rank)
     random.seed(config.seed + ranks.rank)
+    if config.overwrite and not from_main(starts_over(config)):
+        session.say("--overwrite: done at the first start of this job; this restart goes on")
     found = find_checkpoint(from_main(where_to_start(config)), output, ranks, session.say)
     folder = _resolve_model(session)
     lora, initial = _lora(config, ranks, folder)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,27 @@ def test_killed_attempts_that_saved_do_not_count(run_dir: Path) -> None:
 def test_a_new_job_on_an_old_run_has_all_its_tries(run_dir: Path) -> None:
     checkpoint(run_dir, 10)
     assert attempt(run_dir, "preempted", 10) == REQUEUE
+
+
+def test_a_run_whose_folder_was_deleted_counts_anew(run_dir: Path) -> None:
+    for step in (90, 90, 90):
+        assert attempt(run_dir, "preempted", step) == REQUEUE
+    shutil.rmtree(run_dir)
+    assert [attempt(run_dir, "preempted", step) for step in range(1, 6)] == [REQUEUE] * 5
+
+
+def test_an_attempt_that_starts_over_progresses_from_step_0(run_dir: Path) -> None:
+    checkpoint(run_dir, 90)
+    for step in (10, 20, 30, 40, 50):
+        assert requeue.begin(run_dir, TRIES)[0] == GO
+        shutil.rmtree(run_dir)
+        checkpoint(run_dir, step)
+        assert requeue.end(run_dir, TRIES, signalled=False)[0] == REQUEUE, "it crashed after some progress"
+
+
+def test_nothing_is_left_beside_a_complete_run(run_dir: Path) -> None:
+    assert attempt(run_dir, "completed", 100) == GO
+    assert list(run_dir.parent.iterdir()) == [run_dir]
 
 
 def test_the_state_is_outside_the_run_folder(run_dir: Path) -> None:

@@ -95,6 +95,29 @@ def test_a_completed_run_is_recognised_by_its_settings(tmp_path: Path) -> None:
     assert not take_and_release(tmp_path, max_steps=9)
 
 
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+def test_a_restarted_job_overwrites_what_was_there_and_not_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, variable: str
+) -> None:
+    def leave(**settings: object) -> None:
+        (tmp_path / "run.json").write_text(json.dumps({"config": to_dict(config(tmp_path, **settings))}))
+
+    asked = config(tmp_path, overwrite=True)
+    add_checkpoint(tmp_path, 4)
+    leave()
+    monkeypatch.setenv(variable, "1")
+    assert where_to_start(asked) == "none", "an earlier run's: the first start ended before it trained"
+    leave(overwrite=True)
+    assert where_to_start(asked) == "auto"
+    assert not take_and_release(tmp_path, overwrite=True)
+    (tmp_path / "adapter").mkdir()
+    write_exit(tmp_path, "completed", Progress(4, 4, 4), "done")
+    assert take_and_release(tmp_path, overwrite=True), "all is done"
+    monkeypatch.setenv(variable, "0")
+    assert where_to_start(asked) == "none"
+    assert not take_and_release(tmp_path, overwrite=True)
+
+
 def test_two_runs_cannot_share_a_folder(tmp_path: Path) -> None:
     lock, _ = take(config(tmp_path))
     again = "import sys; from fsdp_qlora.run_folder import take; from fsdp_qlora.config import TrainConfig;"
