@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
@@ -25,6 +25,9 @@ from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import pattern_value
 
 PREFIX = "base_model.model."
+
+STEP = "optimizer_step"
+"""Where the file of the matrices says after which step they were saved."""
 
 UNSUPPORTED = (
     "modules_to_save",
@@ -129,17 +132,39 @@ def _target_modules(prefix: str, adapted: Collection[str], every: Collection[str
     return leaves
 
 
-def write_adapter(folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any]) -> dict[str, FileRecord]:
-    """Write an adapter's two files into an existing folder and return what they must hold, by name."""
+def write_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], step: int | None = None
+) -> dict[str, FileRecord]:
+    """Write an adapter's two files into an existing folder and return what they must hold, by name.
+
+    Args:
+        step: noted beside the matrices, for `trained_step`.
+    """
     text = json.dumps(config, indent=2) + "\n"
+    metadata = {"format": "pt"} if step is None else {"format": "pt", STEP: str(step)}
     return {
-        WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"}),
+        WEIGHTS_FILE: write_tensors(folder / WEIGHTS_FILE, tensors, metadata),
         CONFIG_FILE: write_new(folder / CONFIG_FILE, [text.encode()]),
     }
 
 
-def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: Path, ranks: Ranks) -> None:
+def trained_step(folder: Path) -> int | None:
+    """Return the optimizer step whose adapter a folder holds; None if there is none, or it does not say."""
+    try:
+        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+            step = (file.metadata() or {}).get(STEP)
+    except (OSError, SafetensorError):
+        return None
+    return None if step is None else int(step)
+
+
+def save_adapter(
+    root: LossModel, lora: LoraSettings, base_model: str, folder: Path, ranks: Ranks, step: int | None = None
+) -> None:
     """Write the adapter in PEFT's format. Every rank must call this; rank 0 writes.
+
+    Args:
+        step: as for `write_adapter`.
 
     Raises:
         CheckpointError, on every rank: incomplete matrices, or a folder that cannot be written.
@@ -152,7 +177,7 @@ def save_adapter(root: LossModel, lora: LoraSettings, base_model: str, folder: P
             folder.mkdir(parents=True, exist_ok=True)
             partial = folder.with_name(f"{folder.name}.partial")
             partial.mkdir(exist_ok=True)
-            for name in write_adapter(partial, tensors, adapter_config(root, lora, base_model)):
+            for name in write_adapter(partial, tensors, adapter_config(root, lora, base_model), step):
                 (partial / name).replace(folder / name)
             partial.rmdir()
         except OSError as error:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from fsdp_qlora.adapters import trained_step
 from fsdp_qlora.checkpoint import checkpoint_folders, remove_leftovers
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import ConfigError
@@ -191,6 +192,15 @@ def keep_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
             kept.append(record)
     write_file(path, "".join(json.dumps(record) + "\n" for record in kept).encode())
     return kept
+
+
+def drop_later_best(folder: Path, step: int) -> int | None:
+    """Delete the best adapter if it is of a step after this one, which will be trained again; return that step."""
+    best = trained_step(folder / BEST)
+    if best is None or best <= step:
+        return None
+    shutil.rmtree(folder / BEST)
+    return best
 
 
 def write_exit(folder: Path, status: Status, progress: Progress, reason: str) -> bool:

@@ -51,7 +51,7 @@ class Trainer:
         evaluation: loaders of the evaluation sets by name.
         start: where to go on.
         sampler: answers sample prompts at every evaluation.
-        keep_best: called after every evaluation that gave the lowest loss so far, on all ranks.
+        keep_best: called with the step after every evaluation that gave the lowest loss so far, on all ranks.
         progress: kept up to date.
     """
 
@@ -64,7 +64,7 @@ class Trainer:
         evaluation: Mapping[str, data.Loader],
         start: Position | None = None,
         sampler: Sampler | None = None,
-        keep_best: Callable[[], None] | None = None,
+        keep_best: Callable[[int], None] | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.config, self.ranks, self.root = config, ranks, built.root
@@ -196,7 +196,7 @@ class Trainer:
                 f" token accuracy {values['token_accuracy']:.1%}"
             )
             if self.keep_best is not None and step == _best(evaluations):
-                self.keep_best()
+                self.keep_best(step)
         if self.sampler is not None:
             metrics.log_samples(self.sampler.answers(), step)
 

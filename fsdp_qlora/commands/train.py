@@ -39,7 +39,7 @@ from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import ADAPTER, BEST, keep_metrics, start_over, starts_over, where_to_start
+from fsdp_qlora.run_folder import ADAPTER, BEST, drop_later_best, keep_metrics, start_over, starts_over, where_to_start
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.session import Session, run_session
@@ -93,14 +93,7 @@ def _train(session: Session) -> bool:
     peft_config = adapter_config(built.root, lora, _base_name(config, folder))
     contents = {"identity": identity, "config": record["config"], "versions": record["versions"]}
     saver = Saver(config, ranks, built.root, trainer.optimizer, peft_config, contents, progress)
-    recorded: list[dict[str, Any]] = []
-    if ranks.is_main:
-        if found is None:
-            start_over(output)
-        else:
-            recorded = keep_metrics(output, progress.step)
-        write_record(output, record)
-    recorded = from_main(recorded)
+    recorded = from_main(_prepare_folder(session, record, resumed=found is not None) if ranks.is_main else [])
     session.begin_training()
     with (
         Metrics(config, record, trainer.num_steps, ranks.is_main, resumed=found is not None) as metrics,
@@ -118,11 +111,31 @@ def _train(session: Session) -> bool:
     return True
 
 
+def _prepare_folder(session: Session, record: dict[str, Any], resumed: bool) -> list[dict[str, Any]]:
+    """Leave in the output folder what belongs to this run so far, and its record; return the metrics so far."""
+    output, step, recorded = session.output, session.progress.step, []
+    if resumed:
+        recorded = keep_metrics(output, step)
+        later = drop_later_best(output, step)
+        if later is not None:
+            session.say(f"{output / BEST} deleted: it was of step {later}, from which the run does not go on")
+    else:
+        start_over(output)
+    write_record(output, record)
+    return recorded
+
+
 def _save_adapter(
-    built: BuiltModel, lora: LoraSettings, base: str, tokenizer: PreTrainedTokenizerBase, ranks: Ranks, folder: Path
+    built: BuiltModel,
+    lora: LoraSettings,
+    base: str,
+    tokenizer: PreTrainedTokenizerBase,
+    ranks: Ranks,
+    folder: Path,
+    step: int | None = None,
 ) -> None:
     """Write adapter and tokenizer; every rank must call this."""
-    save_adapter(built.root, lora, base, folder, ranks)
+    save_adapter(built.root, lora, base, folder, ranks, step)
     if ranks.is_main:
         tokenizer.save_pretrained(folder)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import functools
+import os
 from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.adapters import trained_step
 from tests.faults import trials
 from tests.faults.faults import fail_at, kill_after_step
 from tests.faults.jobs import ended, losses, of_world, state, train
@@ -117,6 +119,26 @@ def test_the_same_command_restarts_a_run_from_another_folder(
     assert state(run) == state(references[1])
     assert train(1, settings) == [0]
     assert "completed: nothing to do" in trials.printed(run)
+
+
+def restarted_and_killed(step: int, rank: int) -> None:
+    os.environ["SLURM_RESTART_COUNT"] = "1"
+    kill_after_step(step, rank)
+
+
+def test_a_restarted_job_goes_on_though_told_to_overwrite(inputs: dict[str, str], tmp_path: Path) -> None:
+    """And the best adapter of a step that is lost goes with it."""
+    run = tmp_path / "run"
+    changes = {"overwrite": True, "eval_split": 0.2, "eval_steps": 1, "keep_best": True}
+    settings = {**of_world(inputs, 1), **changes, "output_dir": run}
+    assert train(1, settings, functools.partial(kill_after_step, 6)) == [-9]
+    assert trained_step(run / "best") == 5
+    assert train(1, settings, functools.partial(restarted_and_killed, 5)) == [-9]
+    printed = trials.printed(run)
+    assert "--overwrite: done at the first start of this job; this restart goes on" in printed
+    assert f"going on from {run / 'checkpoints' / 'step-000004'}\n" in printed
+    assert "best deleted: it was of step 5" in printed
+    assert not (run / "best").exists()
 
 
 @pytest.mark.parametrize("max_steps", [8, 4])

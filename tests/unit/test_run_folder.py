@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from fsdp_qlora.adapters import trained_step, write_adapter
 from fsdp_qlora.checkpoint import FOLDER, Manifest, Position, name_of, publish
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.run_folder import Progress, keep_metrics, start_over, take, where_to_start, write_exit
+from fsdp_qlora.run_folder import Progress, drop_later_best, keep_metrics, start_over, take, where_to_start, write_exit
 
 
 def config(folder: Path, **settings: object) -> TrainConfig:
@@ -158,6 +159,16 @@ def test_metrics_after_the_checkpoint_are_dropped(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text("\n".join([*lines, '{"step": 5, "lo']))
     assert [record["step"] for record in keep_metrics(tmp_path, 3)] == [0, 1, 2, 3]
     assert (tmp_path / "metrics.jsonl").read_text().splitlines() == lines[:4]
+
+
+def test_the_best_adapter_of_a_step_that_is_trained_again_is_dropped(tmp_path: Path) -> None:
+    assert drop_later_best(tmp_path, 0) is None
+    (tmp_path / "best").mkdir()
+    write_adapter(tmp_path / "best", {}, {}, step=6)
+    assert drop_later_best(tmp_path, 6) is None
+    assert trained_step(tmp_path / "best") == 6
+    assert drop_later_best(tmp_path, 4) == 6
+    assert not (tmp_path / "best").exists()
 
 
 def test_the_first_exit_counts_and_holds_no_secret(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
