@@ -191,8 +191,10 @@ class Trainer:
         if values:
             evaluations[step] = values
             metrics.log(values, step)
+            sets = ", ".join(f"{name} {values[f'eval_loss/{name}']:.4f}" for name in self.eval_loaders if name)
+            of_sets = f" ({sets})" if sets else ""
             metrics.show(
-                f"step {step}: eval loss {values['eval_loss']:.4f}, perplexity {values['perplexity']:.2f},"
+                f"step {step}: eval loss {values['eval_loss']:.4f}{of_sets}, perplexity {values['perplexity']:.2f},"
                 f" token accuracy {values['token_accuracy']:.1%}"
             )
             if self.keep_best is not None and step == _best(evaluations):

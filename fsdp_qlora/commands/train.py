@@ -329,13 +329,14 @@ def _say_summary(config: TrainConfig, summary: dict[str, Any], output: Path) -> 
     # of a run that went on from another folder, or had no step left to do, not all of these are known
     train_loss, *evaluations = (summary[name] for name in ("train_loss", "eval_loss_before", "eval_loss_after"))
     known = [f"{loss:.4f}" for loss in evaluations if loss is not None]
+    best_step = summary["best_step"] if config.keep_best else None
     print(
         f"done: {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
         f" ({summary['tokens_per_second']:.0f} tok/s)"
         + ("" if train_loss is None else f", train loss {train_loss:.4f}")
         + (f", eval loss {' -> '.join(known)}" if known else "")
-        + "\n"
-        f"adapter: {output / 'adapter'}\n"
-        f'try it: fsdp-qlora generate --adapter {output / "adapter"} --prompt "..."',
+        + f"\nadapter: {output / 'adapter'}\n"
+        + ("" if best_step is None else f"best: {output / BEST}, of step {best_step}\n")
+        + f'try it: fsdp-qlora generate --adapter {output / "adapter"} --prompt "..."',
         flush=True,
     )

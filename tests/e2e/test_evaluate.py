@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import re
 from pathlib import Path
@@ -19,8 +21,11 @@ from tests.ranks import run_ranks
 ANSWERS = 24
 
 
-def train(settings: dict[str, Any]) -> None:
-    finetune.run(TrainConfig(**settings))
+def train(settings: dict[str, Any]) -> str:
+    """Return what a rank prints."""
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        finetune.run(TrainConfig(**settings))
+    return printed.getvalue()
 
 
 def score(settings: dict[str, Any]) -> tuple[dict[str, float], list[tuple[str, str, str]]]:
@@ -53,7 +58,9 @@ def trained(base: Path, dataset: Path, tmp_path_factory: pytest.TempPathFactory)
         "lora_alpha": 32.0,
         "activation_checkpointing": "none",
     }
-    run_ranks(train, 2, settings)
+    printed, of_other_rank = run_ranks(train, 2, settings)
+    (folder / "printed.txt").write_text(printed)
+    assert of_other_rank == ""
     return folder / "run"
 
 
@@ -74,6 +81,15 @@ def test_training_logs_every_set_and_the_answers(trained: Path) -> None:
         {"prompt": "Tell me the colour of coal.", "answer": "The colour of coal is black."},
     ]
     assert samples[0][0]["answer"] != samples[60][0]["answer"]
+
+
+def test_training_shows_every_set_and_the_answers(trained: Path) -> None:
+    lines = trained.with_name("printed.txt").read_text().splitlines()
+    last = metrics(trained)[-2]
+    (shown,) = [line for line in lines if line.startswith("step 60: eval loss")]
+    losses = [last[f"eval_loss{of_set}"] for of_set in ("", "/seen", "/other")]
+    assert shown.startswith("step 60: eval loss {:.4f} (seen {:.4f}, other {:.4f}), perplexity".format(*losses))
+    assert "step 60: 'Tell me the colour of coal.' -> 'The colour of coal is black.'" in lines
 
 
 def test_the_command_finds_what_training_found(trained: Path, dataset: Path) -> None:
@@ -113,9 +129,7 @@ def test_the_base_alone_and_a_file_of_answers(
     assert (saved[0]["reference"], saved[0]["exact"]) == ("The colour of grass is green.", False)
 
 
-def test_early_stopping_and_the_best_adapter(
-    base: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_early_stopping_and_the_best_adapter(base: Path, dataset: Path, tmp_path: Path) -> None:
     """What is evaluated contradicts what is trained on: the loss falls while the form is learned, and rises then."""
     wrong = tmp_path / "wrong.jsonl"
     answers = {"green": "white", "white": "black", "black": "red", "red": "blue", "blue": "yellow", "yellow": "green"}
@@ -140,15 +154,16 @@ def test_early_stopping_and_the_best_adapter(
         "lora_alpha": 32.0,
         "activation_checkpointing": "none",
     }
-    run_ranks(train, 2, settings)
+    printed, _ = run_ranks(train, 2, settings)
     losses = {line["step"]: line["eval_loss"] for line in metrics(tmp_path / "run") if "eval_loss" in line}
     best = min(losses, key=lambda step: losses[step])
     assert max(losses) == best + 10 < 200, "two evaluations without a lower loss"
+    assert f"stopped at step {best + 10}: the lowest loss is that of step {best}\n" in printed
+    assert f"best: {tmp_path / 'run' / 'best'}, of step {best}\n" in printed
     record = json.loads((tmp_path / "run" / "run.json").read_text())
     assert (record["result"]["steps"], record["result"]["best_step"]) == (best + 10, best)
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == [f"step-{best + 10:06}"]
     for folder, step in (("best", best), ("adapter", best + 10)):
         ((figures, _),) = run_ranks(score, 1, {"adapter": str(tmp_path / "run" / folder), "dataset": str(wrong)})
         assert figures["eval_loss"] == pytest.approx(losses[step], rel=1e-5)
-    train(settings)
-    assert "completed: nothing to do" in capsys.readouterr().out
+    assert "completed: nothing to do" in train(settings)
