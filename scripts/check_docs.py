@@ -50,7 +50,7 @@ def problems(path: Path, root: Path) -> Iterator[str]:
         if not (root / name).exists():
             yield f"{name}: no such file"
     known = {setting.name for command in COMMANDS for setting in describe(command.settings)} | OTHER_FLAGS
-    ours = re.sub(r"^.*(?:pytest|scripts/|pip |sbatch|srun).*$", "", text, flags=re.MULTILINE)
+    ours = re.sub(r"^.*(?:pytest|scripts/|pip |lm_eval|sbatch|srun).*$", "", text, flags=re.MULTILINE)
     yield from (f"--{flag}: no such setting" for flag in sorted(set(FLAG.findall(ours)) - known))
     names = {command.name for command in COMMANDS} | {"help"}
     yield from (f"fsdp-qlora {name}: no such command" for name in sorted(set(COMMAND.findall(text)) - names))

@@ -1,4 +1,4 @@
-"""The model families this trainer handles, as data. Adding one: a row here and a case in tests/parity."""
+"""The model families this trainer handles, as data. Adding one: a row here and a tiny model in tests/tiny.py."""
 
 from __future__ import annotations
 
