@@ -226,6 +226,9 @@ class TrainedAdapter:
     named_base: str | None
     """The one that its config names."""
 
+    revision: str | None
+    """Branch, tag or commit of the base, if it is a hub model; None: the main branch."""
+
     lora: LoraSettings
     matrices: dict[str, Tensor]
 
@@ -236,11 +239,11 @@ class TrainedAdapter:
         return QuantSettings(base.get("quant_type", "nf4"), base.get("double_quant", True))
 
 
-def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:
+def open_adapter(folder: Path, base: str | None, revision: str | None = None) -> TrainedAdapter:
     """Return the adapter of a PEFT folder or of a run's --output_dir.
 
     Args:
-        base: the base model to use; None: the one that the adapter names.
+        base, revision: as `base_of`.
 
     Raises:
         CheckpointError: as `read_adapter`.
@@ -249,12 +252,30 @@ def open_adapter(folder: Path, base: str | None) -> TrainedAdapter:
     folder = find_adapter(folder)
     config = read_adapter_config(folder)
     tensors = _read_tensors(folder)
-    named = config.get("base_model_name_or_path")
-    base = base or named
-    if not base:
-        raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
+    base, revision = base_of(folder, base, revision)
     matrices = {matrix_name(name): value for name, value in tensors.items()}
-    return TrainedAdapter(folder, base, named, _settings_of(config, tensors), matrices)
+    named = config.get("base_model_name_or_path")
+    return TrainedAdapter(folder, base, named, revision, _settings_of(config, tensors), matrices)
+
+
+def base_of(folder: Path, base: str | None, revision: str | None) -> tuple[str, str | None]:
+    """Return the base model to use with an adapter, and its revision.
+
+    Args:
+        folder: the adapter's own.
+        base: the one asked for; None: the one that the adapter names.
+        revision: the one asked for; None: that of the run that trained the adapter, unless another base is asked for.
+
+    Raises:
+        CheckpointError: as `read_adapter_config`.
+        ModelError: no base is known.
+    """
+    found = base or read_adapter_config(folder).get("base_model_name_or_path")
+    if not found:
+        raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
+    if base is None and revision is None:
+        revision = read_record(folder).get("config", {}).get("revision")
+    return found, revision
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

@@ -57,10 +57,23 @@ class Ranks:
         return self.shard_mesh.get_group()
 
 
-def choose_device(local_rank: int) -> torch.device:
-    """Return this rank's device: a GPU of its own where there are enough, a shared one where not, else the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
+def pick_device(wanted: str) -> torch.device:
+    """Return the device of a --device setting; ConfigError for a GPU that is not there."""
+    available = torch.cuda.is_available()
+    if wanted == "cuda" and not available:
+        raise ConfigError("--device=cuda: torch sees no CUDA device; use --device=auto")
+    return torch.device("cuda" if available and wanted != "cpu" else "cpu")
+
+
+def choose_device(wanted: str, local_rank: int) -> torch.device:
+    """Return this rank's device: a GPU of its own where there are enough, a shared one where not, else the CPU.
+
+    Args:
+        wanted: as `pick_device`.
+    """
+    device = pick_device(wanted)
+    if device.type == "cpu":
+        return device
     return torch.device("cuda", local_rank % torch.cuda.device_count())
 
 
@@ -83,23 +96,23 @@ def _backend(device: torch.device, local_world_size: int) -> str:
 
 
 @contextmanager
-def process_group(sharding: str, timeout_s: int, device: str | None = None) -> Iterator[Ranks]:
+def process_group(sharding: str, timeout_s: int, device: str = "auto") -> Iterator[Ranks]:
     """Join the process group for the length of a `with` block.
 
     Args:
         sharding: 'full' shards over all ranks, 'hybrid' over those of each node, 'none' replicates the base on each.
         timeout_s: seconds any collective may wait for the other ranks.
-        device: 'cpu' or 'cuda'; default: the GPU if there is one.
+        device: 'cpu', 'cuda', or 'auto': the GPU if there is one.
 
     Raises:
         TrainingError: the other ranks could not be reached.
-        ConfigError: 'hybrid' on nodes with unequal numbers of ranks.
+        ConfigError: 'hybrid' on nodes with unequal numbers of ranks, or 'cuda' without a GPU.
     """
     rank = int(os.environ.get("RANK", "0"))
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     local_world_size = int(os.environ.get("LOCAL_WORLD_SIZE", str(world_size)))
-    chosen = torch.device("cpu") if device == "cpu" else choose_device(local_rank)
+    chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
         # torchrun gives every rank one CPU thread, too few for the optimizer of what rests in CPU memory

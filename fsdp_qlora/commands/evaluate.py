@@ -43,8 +43,7 @@ class Answer:
 
 def run(config: EvaluateConfig) -> None:
     """Print the figures; the command line's `evaluate`."""
-    device = None if config.device == "auto" else config.device
-    with process_group("full", config.timeout_s, device) as ranks:
+    with process_group("full", config.timeout_s, config.device) as ranks:
         figures, answers = score(config, ranks)
         with agree_on_errors(ranks, "writing the answers"):
             if ranks.is_main:
@@ -65,8 +64,10 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
         DataError: a dataset or row that cannot be used.
     """
     with agree_on_errors(ranks, "reading adapter and data"):
-        adapter = open_adapter(Path(config.adapter), config.model) if config.adapter is not None else None
-        base = resolve(adapter.base if adapter else config.model or "")
+        adapter = None
+        if config.adapter is not None:
+            adapter = open_adapter(Path(config.adapter), config.model, config.revision)
+        base = resolve(adapter.base, adapter.revision) if adapter else resolve(config.model or "", config.revision)
         tokenizer = load_tokenizer(_tokenizer_folder(adapter, base))
         use_template(tokenizer, config.chat_template)
         report = data.DataReport(bad_rows=config.bad_rows)

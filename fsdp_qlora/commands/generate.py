@@ -10,16 +10,15 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from fsdp_qlora.adapters import open_adapter
 from fsdp_qlora.build import build_model, load_tokenizer
 from fsdp_qlora.config import GenerateConfig
+from fsdp_qlora.data.prompts import encode_prompts
+from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import compute_dtype, process_group
-from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
 
 
 def run(config: GenerateConfig) -> None:
     """Print the answer; the command line's `generate`."""
-    if config.device == "cuda" and not torch.cuda.is_available():
-        raise ConfigError("--device=cuda: torch sees no CUDA device; use --device=auto")
     print(answer(config))
 
 
@@ -33,12 +32,13 @@ def answer(config: GenerateConfig) -> str:
     """Return the model's answer to the prompt.
 
     Raises:
+        ConfigError: --device names a GPU that is not there.
         CheckpointError: the adapter is missing, damaged, of another kind, or belongs to another base.
         ModelError, WeightsError: the base cannot be found or read.
     """
-    adapter = open_adapter(Path(config.adapter), config.model)
-    base_folder = resolve(adapter.base)
-    with process_group("full", timeout_s=600, device=None if config.device == "auto" else config.device) as ranks:
+    with process_group("full", timeout_s=600, device=config.device) as ranks:
+        adapter = open_adapter(Path(config.adapter), config.model, config.revision)
+        base_folder = resolve(adapter.base, adapter.revision)
         built = build_model(
             base_folder,
             ranks,
@@ -59,30 +59,20 @@ def answer(config: GenerateConfig) -> str:
 def _generate(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, config: GenerateConfig, base_folder: Path
 ) -> str:
-    if tokenizer.chat_template:
-        messages = [{"role": "user", "content": config.prompt}]
-        inputs = tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, return_tensors="pt", return_dict=True
-        )
-    else:
-        inputs = tokenizer(config.prompt, return_tensors="pt")
-    inputs = inputs.to(next(model.parameters()).device)
-    settings = GenerationConfig()
-    if (base_folder / "generation_config.json").exists():
-        settings = GenerationConfig.from_pretrained(base_folder, local_files_only=True)
+    prompt = torch.tensor(encode_prompts([config.prompt], tokenizer), device=next(model.parameters()).device)
     sampling = (
         {"do_sample": True, "temperature": config.temperature} if config.temperature > 0 else {"do_sample": False}
     )
-    stop = settings.eos_token_id if settings.eos_token_id is not None else tokenizer.eos_token_id
     output = model.generate(
-        **inputs,
+        input_ids=prompt,
+        attention_mask=torch.ones_like(prompt),
         generation_config=GenerationConfig(
             max_new_tokens=config.max_new_tokens,
             use_cache=True,
-            eos_token_id=stop,
+            eos_token_id=sorted(read_stop_ids(base_folder, tokenizer)) or None,
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
             **sampling,
         ),
     )
-    answer: str = tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    answer: str = tokenizer.decode(output[0, prompt.shape[1] :], skip_special_tokens=True)
     return answer.strip()

@@ -19,6 +19,7 @@ from torch import Tensor
 from fsdp_qlora.adapters import PREFIX, layer_config, peft_layer, write_adapter
 from fsdp_qlora.config import InitializeConfig
 from fsdp_qlora.config.lora import lora_settings
+from fsdp_qlora.distributed import pick_device
 from fsdp_qlora.errors import CheckpointError, ConfigError, WeightsError
 from fsdp_qlora.export.merged_weights import Weights
 from fsdp_qlora.export.standalone import (
@@ -28,7 +29,6 @@ from fsdp_qlora.export.standalone import (
     copy,
     in_file_order,
     open_source,
-    pick_device,
     side_files,
     write_checkpoint,
 )

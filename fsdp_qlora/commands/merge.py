@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import read_adapter_config
+from fsdp_qlora.adapters import base_of
 from fsdp_qlora.build import load_tokenizer
 from fsdp_qlora.config import MergeConfig
-from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.distributed import pick_device
+from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.export.merge_error import LogitError, Variant, compare, logits, table, tokenize
 from fsdp_qlora.export.merged_weights import Adapter, Lora, Weights, stream_adapter
 from fsdp_qlora.export.standalone import (
@@ -32,7 +33,6 @@ from fsdp_qlora.export.standalone import (
     dtype_of,
     in_file_order,
     open_source,
-    pick_device,
     quantized,
     quantized_config,
     side_files,
@@ -123,10 +123,7 @@ def run(config: MergeConfig) -> None:
     device = pick_device(config.device)
     folder = find_adapter(Path(config.adapter))
     record = read_record(folder)
-    base = config.model or read_adapter_config(folder).get("base_model_name_or_path")
-    if not base:
-        raise ModelError(f"{folder}: the adapter does not name its base model; give it with --model")
-    revision = config.revision or (None if config.model else record.get("config", {}).get("revision"))
+    base, revision = base_of(folder, config.model, config.revision)
     base_folder = resolve(base, revision)
     output = check_folders(config.output_dir, base_folder, folder)
     tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder

@@ -6,6 +6,7 @@ import json
 import time
 
 from fsdp_qlora.config import QuantizeConfig
+from fsdp_qlora.distributed import pick_device
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.export.standalone import (
     Target,
@@ -13,7 +14,6 @@ from fsdp_qlora.export.standalone import (
     copy,
     in_file_order,
     open_source,
-    pick_device,
     quantized,
     quantized_config,
     side_files,

@@ -22,6 +22,9 @@ class GenerateConfig:
     model: str | None = None
     """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
 
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the one of the training run, else the main branch."""
+
     # --- answer ---
     max_new_tokens: int = 128
     """Longest answer, in tokens."""
@@ -195,6 +198,9 @@ class EvaluateConfig(RowSettings):
 
     model: str | None = None
     """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
+
+    revision: str | None = None
+    """Branch, tag or commit of a hub model; default: the one of the training run, else the main branch."""
 
     # --- answers ---
     exact_match: bool = False

@@ -252,11 +252,3 @@ def check_folders(output_dir: str, *inputs: Path) -> Path:
         if output.resolve() == folder.resolve():
             raise ConfigError(f"--output_dir={output_dir} is the folder that is read; choose another")
     return output
-
-
-def pick_device(wanted: str) -> torch.device:
-    """Return the device of a --device setting; ConfigError for a GPU that is not there."""
-    available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise ConfigError("--device=cuda: torch sees no CUDA device; use --device=auto")
-    return torch.device("cuda" if available and wanted != "cpu" else "cpu")

@@ -168,7 +168,12 @@ def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
     assert compute_dtype("bf16", cpu) == torch.bfloat16
     assert compute_dtype("fp32", cuda) == torch.float32
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_device(3) == cpu
+    assert choose_device("auto", 3) == choose_device("cpu", 3) == cpu
+    with pytest.raises(ConfigError, match="--device=cuda: torch sees no CUDA device; use --device=auto"):
+        choose_device("cuda", 3)
+    with pytest.raises(ConfigError, match="--device=cuda"), process_group("full", timeout_s=30, device="cuda"):
+        pass
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    assert [choose_device(rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert [choose_device("auto", rank).index for rank in range(4)] == [0, 1, 0, 1]
+    assert choose_device("cpu", 3) == cpu
