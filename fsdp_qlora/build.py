@@ -55,10 +55,6 @@ class BuiltModel:
     quant: QuantSettings
 
     @property
-    def num_trainable(self) -> int:
-        return sum(parameter.numel() for parameter in self.root.parameters() if parameter.requires_grad)
-
-    @property
     def fingerprint(self) -> str:
         """One number for the whole 4-bit base, the same for every world size."""
         total = sum(value * (2 * position + 1) for position, value in enumerate(self.report.fingerprints.values()))

@@ -30,7 +30,6 @@ class Upload:
     """What is published: the files by name, each a path or, where it is made or changed for publication, its content."""
 
     files: dict[str, Path | bytes]
-    is_adapter: bool
 
     @property
     def size_bytes(self) -> int:
@@ -85,7 +84,7 @@ def collect(folder: Path, repo: str, base_model: str | None = None) -> Upload:
             files[path.name] = _published(path, base_model)
     base = base_model or _base(content, is_adapter, record)
     files["README.md"] = _card(repo, base, is_adapter, record).encode()
-    return Upload(files, is_adapter)
+    return Upload(files)
 
 
 def _read(path: Path) -> dict[str, Any]:

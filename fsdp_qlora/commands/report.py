@@ -56,7 +56,7 @@ def run(config: ReportConfig) -> None:
         runs=[(one.name, one.record) for one in runs],
         charts=[Markup(svg(title, chart)) for title, chart in charts.items()],
         num_colours=len(PALETTE),
-        results=table(runs, [(title, [one.result.get(name) for one in runs]) for name, title in RESULTS.items()]),
+        results=table([(title, [one.result.get(name) for one in runs]) for name, title in RESULTS.items()]),
         settings=settings_rows(runs),
         samples=[(one.name, one.samples) for one in runs if one.samples],
         commands=[(one.name, one.record.get("command", "")) for one in runs],
@@ -81,7 +81,7 @@ def series_of(runs: Sequence[RunData], name: str) -> list[Series]:
     return chart if any(any(one.values) for one in chart) else []
 
 
-def table(runs: Sequence[RunData], rows: Sequence[tuple[str, Sequence[Any]]]) -> list[tuple[str, list[str]]]:
+def table(rows: Sequence[tuple[str, Sequence[Any]]]) -> list[tuple[str, list[str]]]:
     """Return the rows that say something, as text."""
     return [(name, [_text(value) for value in values]) for name, values in rows if any(values)]
 

@@ -176,11 +176,6 @@ class TrainConfig(MethodSettings, DataSettings):
     """Show Python tracebacks of errors."""
 
 
-def docs(cls: type = TrainConfig) -> dict[str, str]:
-    """Return each setting's documentation; settings.describe() also gives section, type and default."""
-    return {setting.name: setting.doc for setting in settings.describe(cls)}
-
-
 def to_dict(config: DataSettings | GenerateConfig | PlanConfig) -> dict[str, Scalar]:
     """Return the settings as plain values, in the order of their definition."""
     return dataclasses.asdict(config)

@@ -60,11 +60,10 @@ class Part:
 
 @dataclass
 class Written:
-    """What writing did: files made now, files kept from an earlier run, and the names of all tensors by file."""
+    """What writing did: files made now, files kept from an earlier run, and the size of all."""
 
     made: int
     kept: int
-    weight_map: dict[str, str]
     size_bytes: int
 
 
@@ -224,11 +223,11 @@ def write_shards(
         size, made = size + finished[name]["size"], made + 1
         write_file(folder / STATE_FILE, json.dumps({"identity": identity, "finished": finished}).encode())
         say(f"{name}: written ({made + kept} of {len(names)})")
-    weight_map = {s.name: name for name, shard in zip(names, shards, strict=True) for part in shard for s in part.slots}
     if len(names) > 1:
-        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        files = {slot.name: name for name, shard in zip(names, shards, strict=True) for p in shard for slot in p.slots}
+        index = {"metadata": {"total_size": total}, "weight_map": files}
         write_file(folder / INDEX_FILE, (json.dumps(index, indent=2) + "\n").encode())
-    return Written(made, kept, weight_map, size)
+    return Written(made, kept, size)
 
 
 def complete(folder: Path, config: Mapping[str, Any]) -> None:
