@@ -218,7 +218,8 @@ def agree_on_errors(ranks: Ranks, doing: str, group: dist.ProcessGroup | None = 
     """Make an error of any rank inside the `with` block an error of every rank, so that none waits for a dead one.
 
     The block must not contain collectives that a failing rank would skip. The rank that failed raises its own error; the
-    others raise TrainingError with its message. A rank that is to end (Ranks.is_interrupted) ends all of them.
+    others raise TrainingError with its message. A rank that is to end (Ranks.is_interrupted) ends all of them; if another
+    failed meanwhile, all fail.
 
     Args:
         group: all ranks, with a time limit of its own; default: that of --timeout_s.
@@ -237,14 +238,15 @@ def agree_on_errors(ranks: Ranks, doing: str, group: dist.ProcessGroup | None = 
     is_interrupted = isinstance(failure, Interrupted)
     messages: list[tuple[str, bool]] = [("", False)] * ranks.world_size
     dist.all_gather_object(messages, (message, is_interrupted), group=group)
-    failed = [(rank, text) for rank, (text, _) in enumerate(messages) if text]
-    if failure is not None:
+    failed = [(rank, text) for rank, (text, interrupted) in enumerate(messages) if text and not interrupted]
+    if failure is not None and not is_interrupted:
         failure.rank_local = ranks.rank == failed[0][0]
         raise failure
     if failed:
         rank, text = failed[0]
-        if messages[rank][1]:
-            raise Interrupted(text)
         told = TrainingError(f"rank {rank} failed while {doing}: {text}")
         told.is_reported = True  # by the rank that failed
         raise told
+    interruption = next((text for text, interrupted in messages if interrupted), None)
+    if interruption is not None:
+        raise Interrupted(interruption)

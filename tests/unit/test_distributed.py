@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -35,6 +36,21 @@ def agree(ranks: Ranks, failing: dict[int, FsdpQloraError]) -> tuple[str, str, b
 def agree_on_rank(cases: list[dict[int, FsdpQloraError]]) -> list[tuple[str, str, bool]]:
     with process_group("full", timeout_s=30, device="cpu") as ranks:
         return [agree(ranks, failing) for failing in cases]
+
+
+def agree_after_a_signal(failing: dict[int, FsdpQloraError]) -> tuple[str, str, bool]:
+    with process_group("full", timeout_s=30, device="cpu") as ranks:
+        return agree(replace(ranks, is_interrupted=lambda: ranks.rank == 0), failing)
+
+
+def test_an_error_counts_more_than_a_signal() -> None:
+    """So that every rank says that the run failed, and none that it was preempted."""
+    interrupted = ("Interrupted", "interrupted while counting sheep")
+    assert [found[:2] for found in run_ranks(agree_after_a_signal, 2, {})] == [interrupted] * 2
+    assert run_ranks(agree_after_a_signal, 2, {1: DataError("row 7")}) == [
+        ("TrainingError", "rank 1 failed while counting sheep: row 7", False),
+        ("DataError", "row 7", True),
+    ]
 
 
 def test_errors_of_any_rank_are_errors_of_all() -> None:
