@@ -246,6 +246,7 @@ def test_an_error_is_not_requeued(job: Job, file: str, behaviour: str) -> None:
 def test_gives_up_after_fruitless_attempts(job: Job) -> None:
     state = job.output_dir.with_name("out.attempts.json")
     state.write_text(json.dumps({"step": 4, "fruitless": 1, "running": True}))
+    (job.output_dir / "checkpoints" / "step-000004").mkdir(parents=True)
     code, out = job.run("slurm_single_node.sbatch", "--output_dir", str(job.output_dir), MAX_FRUITLESS="2")
     assert code == 1
     assert "2 attempts got no further than step 4; giving up" in out
