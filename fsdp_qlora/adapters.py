@@ -171,19 +171,32 @@ def save_adapter(
     """
     tensors = {name: value for name, value in adapter_matrices(root, ranks) if ranks.is_main}
     with agree_on_errors(ranks, "saving the adapter"):
-        if not ranks.is_main:
-            return
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            partial = folder.with_name(f"{folder.name}.partial")
-            partial.mkdir(exist_ok=True)
-            for name in write_adapter(partial, tensors, adapter_config(root, lora, base_model), step):
-                (partial / name).replace(folder / name)
-            partial.rmdir()
-        except OSError as error:
-            raise CheckpointError(
-                f"{folder}: the adapter cannot be written ({error.strerror}); free space or choose another --output_dir"
-            ) from error
+        if ranks.is_main:
+            replace_adapter(folder, tensors, adapter_config(root, lora, base_model), step)
+
+
+def replace_adapter(
+    folder: Path, tensors: Mapping[str, Tensor], config: Mapping[str, Any], step: int | None = None
+) -> None:
+    """Write an adapter's files beside the folder and put them into it once they are whole.
+
+    Args:
+        step: as for `write_adapter`.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        partial = folder.with_name(f"{folder.name}.partial")
+        partial.mkdir(exist_ok=True)
+        for name in write_adapter(partial, tensors, config, step):
+            (partial / name).replace(folder / name)
+        partial.rmdir()
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: the adapter cannot be written ({error.strerror}); free space or choose another --output_dir"
+        ) from error
 
 
 def read_adapter_config(folder: Path) -> dict[str, Any]:

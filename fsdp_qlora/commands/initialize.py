@@ -11,16 +11,15 @@ import time
 import zlib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import PREFIX, layer_config, peft_layer, write_adapter
+from fsdp_qlora.adapters import PREFIX, layer_config, peft_layer, replace_adapter
 from fsdp_qlora.config import InitializeConfig
 from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.distributed import pick_device
-from fsdp_qlora.errors import CheckpointError, ConfigError, WeightsError
+from fsdp_qlora.errors import ConfigError, WeightsError
 from fsdp_qlora.export.merged_weights import Weights
 from fsdp_qlora.export.standalone import (
     Source,
@@ -144,7 +143,8 @@ def run(config: InitializeConfig) -> None:
                 if (done + 1) % 50 == 0:
                     _say(f"{done + 1} of {len(adapted)} matrices")
         base = str(output.resolve()) if config.method == "pissa" else config.model
-        _write_adapter(work, output / ADAPTER, layer_config(lora, base, source.family.adapter_prefix, adapted, layers))
+        peft_config = layer_config(lora, base, source.family.adapter_prefix, adapted, layers)
+        replace_adapter(output / ADAPTER, work.matrices, peft_config)
     plain, left = work.errors
     model = config.output_dir if config.method == "pissa" else config.model
     print(
@@ -177,17 +177,3 @@ def _write_base(work: Initialization, output: Path) -> None:
     base_config = json.loads((source.folder / "config.json").read_text())
     target = Target(output, identity, config.max_shard_size, config.overwrite)
     write_checkpoint(target, work.parts(), base_config, side_files(source.folder), _say)
-
-
-def _write_adapter(work: Initialization, folder: Path, config: dict[str, Any]) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        partial = folder.with_name(f"{folder.name}.partial")
-        partial.mkdir(exist_ok=True)
-        for name in write_adapter(partial, work.matrices, config):
-            (partial / name).replace(folder / name)
-        partial.rmdir()
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: the adapter cannot be written ({error.strerror}); free space or choose another --output_dir"
-        ) from error
