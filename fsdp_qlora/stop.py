@@ -22,6 +22,9 @@ class Stop:
     Python runs signal handlers on the main thread only, and not while that waits inside a collective; so a thread reads the
     signals from a pipe that the interpreter's C code fills.
 
+    Schedulers send their signals to all processes of a job. The main thread blocks them, which children inherit: compile
+    workers of torch and compilers, without which a step cannot end, and services of trackers. The thread does not.
+
     Args:
         speaks: whether this rank says what it received.
 
@@ -42,11 +45,13 @@ class Stop:
         self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
         self._thread.start()
+        self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask_before)
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
@@ -54,9 +59,13 @@ class Stop:
         self._thread.join()
         os.close(self._reader)
 
+    def is_asked(self) -> bool:
+        """Return whether the run is to end."""
+        return self.received is not None
+
     def is_ending_start(self) -> bool:
         """Return whether the run is to end although it has not begun to train."""
-        return self.is_starting and self.received is not None
+        return self.is_starting and self.is_asked()
 
     def _watch(self) -> None:
         first = 0.0

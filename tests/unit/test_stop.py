@@ -1,0 +1,48 @@
+"""Signals: what they mean for this process and for those that it starts."""
+
+from __future__ import annotations
+
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from fsdp_qlora.stop import SIGNALS, Stop
+
+GROUP = """
+import os, signal, subprocess, sys
+from fsdp_qlora.stop import Stop
+
+with Stop(speaks=False) as stop:
+    child = subprocess.Popen([sys.executable, "-c", "print('ready', flush=True); input()"],
+                             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    child.stdout.readline()
+    os.killpg(os.getpgrp(), signal.Signals[sys.argv[1]])
+    child.communicate("go on")
+    print(child.returncode, stop.received)
+"""
+"""A process that starts another, as torch.compile starts its workers, and sends a signal to both."""
+
+
+@pytest.mark.parametrize("name", [number.name for number in SIGNALS])
+def test_a_signal_to_all_processes_leaves_children_at_work(name: str) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", GROUP, name],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+        start_new_session=True,
+    )
+    assert done.stdout.split() == ["0", name]
+
+
+def test_signals_are_as_before_afterwards() -> None:
+    def now() -> tuple[object, ...]:
+        return signal.pthread_sigmask(signal.SIG_BLOCK, ()), *map(signal.getsignal, SIGNALS)
+
+    before = now()
+    with Stop(speaks=False):
+        assert now() != before
+    assert now() == before
