@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
-from fsdp_qlora.distributed import Ranks, sum_over_ranks
+from fsdp_qlora.distributed import Ranks, end_together, never, sum_over_ranks
 from fsdp_qlora.parallel import LossModel
 
 
@@ -34,6 +34,7 @@ def generate(
     max_new_tokens: int,
     stop_ids: Collection[int],
     batch_size: int,
+    is_stopping: Callable[[], bool] = never,
 ) -> list[list[int]]:
     """Return the most likely continuation of each prompt, without the token that ended it.
 
@@ -43,6 +44,10 @@ def generate(
     Args:
         prompts: token ids, at least one each.
         batch_size: prompts of a rank at a time.
+        is_stopping: whether this rank was asked to end; asked before every token.
+
+    Raises:
+        Interrupted: on every rank, if any was asked to end.
     """
     root.eval()
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # alike lengths together: little padding
@@ -56,7 +61,7 @@ def generate(
             rows = -(-len(everyone) // ranks.world_size)
             filled = [prompts[i] for i in mine] + [prompts[everyone[0]]] * (rows - len(mine))
             length = max(len(prompts[i]) for i in everyone)
-            answers = _continue(root, filled, length, ranks, max_new_tokens, stop_ids)
+            answers = _continue(root, filled, length, ranks, max_new_tokens, stop_ids, is_stopping)
             own |= dict(zip(mine, answers, strict=False))
     gathered: list[dict[int, list[int]]] = [{} for _ in range(ranks.world_size)]
     dist.all_gather_object(gathered, own)
@@ -71,6 +76,7 @@ def _continue(
     ranks: Ranks,
     max_new_tokens: int,
     stop_ids: Collection[int],
+    is_stopping: Callable[[], bool],
 ) -> list[list[int]]:
     """Continue the prompts of one batch, padded on the left to `length`, until all ranks have all their ends."""
     tokens, mask = _left_padded(prompts, length)
@@ -82,6 +88,7 @@ def _continue(
     answers: list[list[int]] = [[] for _ in prompts]
     is_open = [True] * len(prompts)
     for _ in range(max_new_tokens):
+        end_together(is_stopping(), "answering")
         chosen = root.next_tokens(tokens, positions, mask, cache)
         for row, token in enumerate(chosen.tolist()):
             is_open[row] = is_open[row] and token not in stop_ids

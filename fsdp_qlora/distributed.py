@@ -19,6 +19,11 @@ from fsdp_qlora.errors import ConfigError, FsdpQloraError, Interrupted, Training
 T = TypeVar("T")
 
 
+def never() -> bool:
+    """Return that this rank was not asked to end, where nothing listens to signals."""
+    return False
+
+
 @dataclass(frozen=True)
 class Ranks:
     """This process among the others.
@@ -33,7 +38,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
-    is_interrupted: Callable[[], bool] = lambda: False
+    is_interrupted: Callable[[], bool] = never
 
     @property
     def is_main(self) -> bool:
@@ -197,6 +202,12 @@ def sum_over_ranks(value: int | float) -> float:
     total = torch.tensor(value, dtype=torch.float64)
     dist.all_reduce(total)
     return float(total.item())
+
+
+def end_together(is_asked: bool, doing: str) -> None:
+    """Raise Interrupted, on every rank, if any rank was asked to end. Every rank must call this."""
+    if sum_over_ranks(is_asked):
+        raise Interrupted(f"interrupted while {doing}")
 
 
 def from_main(value: T) -> T:

@@ -48,7 +48,7 @@ class TrainingError(FsdpQloraError):
 
 
 class Interrupted(FsdpQloraError):
-    """A signal asked the run to end before there was anything to save; no failure."""
+    """A signal asked the run to end in the middle of something whose result is given up; no failure."""
 
     exit_code = 0
 

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 
 from fsdp_qlora import data
-from fsdp_qlora.distributed import Ranks, sum_over_ranks
+from fsdp_qlora.distributed import Ranks, end_together, never, sum_over_ranks
 from fsdp_qlora.forward import forward
 from fsdp_qlora.parallel import LossModel
 
 
 @torch.no_grad()
-def evaluate(root: LossModel, loaders: Mapping[str, data.Loader], ranks: Ranks) -> dict[str, float]:
+def evaluate(
+    root: LossModel, loaders: Mapping[str, data.Loader], ranks: Ranks, is_stopping: Callable[[], bool] = never
+) -> dict[str, float]:
     """Return the figures over all evaluation sets and, where they have names, of each as 'figure/name'.
 
     `eval_loss` is the mean loss per target token, `perplexity` its exponential and `token_accuracy` the share of target
     tokens that are the most likely ones. Every rank must call this. Without sets the result is empty.
+
+    Args:
+        is_stopping: whether this rank was asked to end; asked before every batch.
+
+    Raises:
+        Interrupted: on every rank, if any was asked to end.
     """
     root.eval()
     figures: dict[str, float] = {}
-    sums = [_sums(root, loader, ranks) for loader in loaders.values()]
+    sums = [_sums(root, loader, ranks, is_stopping) for loader in loaders.values()]
     if sums:
         figures |= _figures(*map(sum, zip(*sums, strict=True)))
     for name, own in zip(loaders, sums, strict=True):
@@ -31,12 +39,15 @@ def evaluate(root: LossModel, loaders: Mapping[str, data.Loader], ranks: Ranks) 
     return figures
 
 
-def _sums(root: LossModel, loader: data.Loader, ranks: Ranks) -> tuple[float, float, float]:
+def _sums(
+    root: LossModel, loader: data.Loader, ranks: Ranks, is_stopping: Callable[[], bool]
+) -> tuple[float, float, float]:
     """Return summed loss, correctly predicted targets and targets of one set, over all ranks."""
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
     num_targets = 0
     for index in range(loader.num_steps(0)):
+        end_together(is_stopping(), "evaluating")
         for batch in loader.step(0, index):
             result = forward(root, batch, ranks.device)
             loss += result["loss"]

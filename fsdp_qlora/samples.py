@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from transformers import PreTrainedTokenizerBase
@@ -65,8 +65,8 @@ class Sampler:
         self._root, self._ranks, self._tokenizer = root, ranks, tokenizer
         self._prompts, self._stop_ids, self._max_new_tokens = prompts, stop_ids, max_new_tokens
 
-    def answers(self) -> list[dict[str, str]]:
-        """Return {"prompt", "answer"} of every prompt; every rank must call this."""
+    def answers(self, is_stopping: Callable[[], bool]) -> list[dict[str, str]]:
+        """Return {"prompt", "answer"} of every prompt; every rank must call this. For `is_stopping` see decode.py."""
         found = generate(
             self._root,
             [ids for _, ids in self._prompts],
@@ -74,6 +74,7 @@ class Sampler:
             max_new_tokens=self._max_new_tokens,
             stop_ids=self._stop_ids,
             batch_size=BATCH_SIZE,
+            is_stopping=is_stopping,
         )
         return [
             {"prompt": text, "answer": self._tokenizer.decode(ids, skip_special_tokens=True).strip()}

@@ -16,7 +16,7 @@ from fsdp_qlora.build import BuiltModel
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, sum_over_ranks
-from fsdp_qlora.errors import TrainingError
+from fsdp_qlora.errors import Interrupted, TrainingError
 from fsdp_qlora.evaluation import evaluate
 from fsdp_qlora.forward import forward
 from fsdp_qlora.metrics import Metrics, memory_gib
@@ -119,10 +119,6 @@ class Trainer:
         num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size
         return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens, tuple(votes_of_all))
 
-    def evaluate(self) -> dict[str, float]:
-        """Return loss, perplexity and token accuracy on the evaluation sets ({} without any)."""
-        return evaluate(self.root, self.eval_loaders, self.ranks)
-
     def fit(self, metrics: Metrics, saver: Saver, stop: Stop, recorded: list[dict[str, Any]]) -> dict[str, Any] | None:
         """Train to the end, evaluating before, after and every `eval_steps`, and saving every `save_steps`.
 
@@ -130,19 +126,20 @@ class Trainer:
             recorded: the metrics of earlier sessions of the run.
 
         Returns:
-            The summary of the run; None if a signal stopped it, after a checkpoint.
+            The summary of the run; None if a signal stopped it, after a checkpoint. An evaluation that it stops is given up,
+            and done by whoever goes on.
         """
         evaluations = {record["step"]: record for record in recorded if "eval_loss" in record}
         loss = next((record["loss"] for record in reversed(recorded) if "loss" in record), None)
-        started, first_step, stopped = time.monotonic(), self.position.step, False
-        self._evaluate_if_due(metrics, evaluations)
+        started, first_step = time.monotonic(), self.position.step
+        stopped = self._evaluate_if_due(metrics, evaluations, stop)
         while self.position.step < self.num_steps and not stopped and not self._has_stalled(evaluations):
             step, epoch = self.position.step, self.position.epoch
             index = self.position.sequences // self.train_loader.sequences_per_step
             step_started = time.monotonic()
             batches = self.train_loader.step(epoch, index)
             try:
-                result = self.train_step(batches, step, lambda: (saver.is_writing, stop.received is not None))
+                result = self.train_step(batches, step, lambda: (saver.is_writing, stop.is_asked()))
             except TrainingError as error:
                 saver.finish()
                 examples = self.train_loader.examples(epoch, index)
@@ -158,15 +155,14 @@ class Trainer:
             saver.poll(num_writing)
             if stopped or self._is_due(self.config.save_steps):
                 saver.start(self.position)
-            if not stopped:
-                self._evaluate_if_due(metrics, evaluations)
+            stopped = stopped or self._evaluate_if_due(metrics, evaluations, stop)
         saver.finish()
         if self._has_stalled(evaluations) and self.position.step < self.num_steps and not stopped:
             metrics.show(f"stopped at step {self.position.step}: the lowest loss is that of step {_best(evaluations)}")
             self.num_steps = self.progress.num_steps = self.position.step
-            if self.progress.saved_step != self.position.step:
-                saver.start(self.position)
-                saver.finish()
+        if self.position.step not in (0, self.progress.saved_step):
+            saver.start(self.position)
+            saver.finish()
         return None if stopped else self._summary(evaluations, loss)
 
     def _after(self, num_tokens: int, seconds: float) -> Position:
@@ -182,12 +178,20 @@ class Trainer:
         step = self.position.step
         return step == self.num_steps or (every > 0 and step % every == 0)
 
-    def _evaluate_if_due(self, metrics: Metrics, evaluations: dict[int, dict[str, Any]]) -> None:
-        """Evaluate before the first step, after the last and every `eval_steps`, unless an earlier session has."""
+    def _evaluate_if_due(self, metrics: Metrics, evaluations: dict[int, dict[str, Any]], stop: Stop) -> bool:
+        """Evaluate before the first step, after the last and every `eval_steps`, unless an earlier session has.
+
+        Returns:
+            Whether a signal ended it early.
+        """
         step = self.position.step
         if step in evaluations or not (step == 0 or self._is_due(self.config.eval_steps)):
-            return
-        values = self.evaluate()
+            return False
+        try:
+            values = evaluate(self.root, self.eval_loaders, self.ranks, stop.is_asked)
+            answers = self.sampler.answers(stop.is_asked) if self.sampler is not None else []
+        except Interrupted:
+            return True
         if values:
             evaluations[step] = values
             metrics.log(values, step)
@@ -199,8 +203,9 @@ class Trainer:
             )
             if self.keep_best is not None and step == _best(evaluations):
                 self.keep_best(step)
-        if self.sampler is not None:
-            metrics.log_samples(self.sampler.answers(), step)
+        if answers:
+            metrics.log_samples(answers, step)
+        return False
 
     def _has_stalled(self, evaluations: Mapping[int, dict[str, Any]]) -> bool:
         """Return whether the last `early_stopping_patience` evaluations (0: never) gave no lower loss than one before."""

@@ -14,6 +14,7 @@ from fsdp_qlora import data
 from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.decode import generate
 from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.errors import Interrupted
 from fsdp_qlora.evaluation import evaluate
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
@@ -117,6 +118,31 @@ def test_the_same_on_two_ranks_sharded_and_offloaded(tmp_path: Path) -> None:
         for answers, figures in run_ranks(answers_and_figures, 2, folder, cpu_offload):
             assert answers == alone[0]
             assert figures == pytest.approx(alone[1], rel=1e-6)
+
+
+def interrupt_answers(folder: Path) -> tuple[str, int]:
+    """Ask rank 1 to end before the fifth token; return the interruption and how often this rank was asked about it."""
+    asked = 0
+
+    def is_stopping() -> bool:
+        nonlocal asked
+        asked += 1
+        return ranks.rank == 1 and asked == 5
+
+    with process_group("full", 60, device="cpu") as ranks:
+        built = build(folder, ranks)
+        try:
+            generate(
+                built.root, prompts(), ranks, max_new_tokens=20, stop_ids=(), batch_size=2, is_stopping=is_stopping
+            )
+        except Interrupted as interruption:
+            return str(interruption), asked
+    return "", asked
+
+
+def test_answers_end_between_two_tokens(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path / "llama")
+    assert run_ranks(interrupt_answers, 2, folder) == [("interrupted while answering", 5)] * 2
 
 
 def test_figures(tmp_path: Path) -> None:

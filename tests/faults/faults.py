@@ -78,7 +78,7 @@ def _at(place: str, action: Callable[[], None]) -> None:
     elif place == "save":
         _before(saver, "write_tensors", 1, action)  # in the thread that writes
     elif place == "evaluation":
-        _before(trainer.Trainer, "evaluate", 1, action)
+        _before(trainer, "evaluate", 1, action)
     else:
         # after backward, while the others wait for this rank in the exchange of the gradient norm
         _before(trainer, "clip_gradients", 1 if place == "first step" else 4, action)
@@ -97,6 +97,23 @@ def _before(owner: Any, name: str, call: int, action: Callable[[], None]) -> Non
         return function(*arguments, **named)
 
     setattr(owner, name, wrapped)
+
+
+def signal_in_evaluation(batch: int, victim: int, counts: Path, rank: int) -> None:
+    """SIGTERM to one rank in the given batch (from 1) of all its evaluations; every rank writes how many it computes."""
+    from fsdp_qlora import evaluation
+
+    forward, calls = evaluation.forward, 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        counts.with_suffix(f".{rank}").write_text(str(calls))
+        if rank == victim and calls == batch:
+            _signal(signal.SIGTERM, pause_s=0.5)  # time for the thread that reads signals
+        return forward(*arguments)
+
+    evaluation.forward = counted
 
 
 def nan_in_gradient(step: int, victim: int, rank: int) -> None:
