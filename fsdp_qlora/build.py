@@ -31,7 +31,7 @@ from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_index
-from fsdp_qlora.weights.loader import Loader, LoadReport, check_tensors
+from fsdp_qlora.weights.loader import Loader, LoadReport, check_tensors, reads_base
 from fsdp_qlora.weights.reader import Reader
 from fsdp_qlora.weights.source import check_complete, detect_quantization, model_names
 
@@ -89,6 +89,7 @@ def build_model(
     compiled: bool = False,
     shard: bool = True,
     attention: str = ATTENTION,
+    broadcast: bool = False,
 ) -> BuiltModel:
     """Build the model of a checkpoint folder and load this rank's shards.
 
@@ -102,6 +103,7 @@ def build_model(
         compiled: compile the decoder blocks.
         shard: hand the parameters to FSDP, as training does.
         attention: transformers' name of the attention implementation.
+        broadcast: read only one of several copies of the base, and send it to the ranks that hold the others.
 
     Raises:
         ModelError: unsupported model, or a LoRA target that matches nothing.
@@ -126,14 +128,15 @@ def build_model(
             compiled=compiled,
             shard=shard,
         )
-        check_tensors(reader, parallelized.root, parallelized.names)
+        if reads_base(ranks, broadcast):
+            check_tensors(reader, parallelized.root, parallelized.names)
         if adapter is not None:
             check_adapter(adapter, list(lora_linears(parallelized.root)))
     with agree_on_errors(ranks, "reserving CPU memory"):
         allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:
         init = lora.init if lora is not None else "default"
-        loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter, init)
+        loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter, init, broadcast)
         report = loader.load(parallelized.units, progress)
     if adapter is None and lora is not None and lora.use_dora:
         _begin_magnitudes(skeleton, ranks, dtype)

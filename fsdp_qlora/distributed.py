@@ -58,6 +58,20 @@ class Ranks:
         return self.shard_mesh.get_local_rank()
 
     @property
+    def replica(self) -> int:
+        """Which copy of the base this rank holds a shard of."""
+        return self.mesh["replicate"].get_local_rank() if self.mesh.ndim == 2 else 0
+
+    @property
+    def num_replicas(self) -> int:
+        return self.mesh["replicate"].size() if self.mesh.ndim == 2 else 1
+
+    @property
+    def replicate_group(self) -> dist.ProcessGroup:
+        """The ranks with the same shard; only where there are replicas."""
+        return self.mesh["replicate"].get_group()
+
+    @property
     def shard_group(self) -> dist.ProcessGroup:
         return self.shard_mesh.get_group()
 

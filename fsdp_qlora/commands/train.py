@@ -232,14 +232,16 @@ def _load_model(
         adapter=adapter,
         progress=progress,
         compiled=_compiles(config, ranks),
+        broadcast=config.loading == "broadcast",
     )
     built.root.balance = balance_routers(built.skeleton.model, built.skeleton.config, config.router_aux_loss_coef)
     if config.verify_weights:
         verify_weights(built, ranks)
     checked = f", gathered bytes verified (base {built.fingerprint})" if config.verify_weights else ""
+    copies = f" for {ranks.num_replicas} copies" if config.loading == "broadcast" else ""
     _say(
         ranks,
-        f"base: {built.quant.quant_type}, {built.report.bytes_read / 2**20:.0f} MiB read by this rank in"
+        f"base: {built.quant.quant_type}, {built.report.bytes_read / 2**20:.0f} MiB read by this rank{copies} in"
         f" {built.report.seconds:.1f} s{checked}",
     )
     return built
@@ -309,6 +311,7 @@ def _rank_reports(ranks: Ranks, built: BuiltModel) -> list[dict[str, float]]:
     """Return what each rank read and used."""
     own = {
         "bytes_read": built.report.bytes_read,
+        "bytes_received": built.report.bytes_received,
         "load_seconds": round(built.report.seconds, 2),
         "peak_gpu_gib": round(memory_gib(ranks.device), 2),
     }

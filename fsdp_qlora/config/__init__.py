@@ -53,6 +53,10 @@ class TrainConfig(MethodSettings, DataSettings):
     """full: the base is sharded over all ranks; hybrid: over the ranks of each node, so that only LoRA's gradients cross
     between nodes; none: every rank holds all of it (data parallel), faster if it fits."""
 
+    loading: Literal["read", "broadcast"] = "read"
+    """read: every copy of the base is read from the checkpoint, by the ranks that hold it; broadcast: only one, and sent to
+    the others, for slow shared disks. With --sharding hybrid the first node reads, with none rank 0."""
+
     cpu_offload: str = "auto"
     """Blocks whose 4-bit weights rest in pinned CPU memory: auto (as few as needed), none, a number, or all (then
     embedding, head and LoRA too)."""
@@ -287,6 +291,12 @@ def _offload_without_shards(config: TrainConfig | PlanConfig) -> str | None:
     return None
 
 
+def _broadcast_without_copies(config: TrainConfig) -> str | None:
+    if config.loading == "broadcast" and config.sharding == "full":
+        return "--loading=broadcast with --sharding=full: there is one copy of the base, read once; use --loading=read"
+    return None
+
+
 def _offload_of_nothing(config: TrainConfig | PlanConfig) -> str | None:
     if config.activation_offload and config.activation_checkpointing in ("none", "0"):
         return (
@@ -366,6 +376,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     TrainConfig: (
         *METHOD_CHECKS,
         Check(("dataset", "dataset_weights"), _weights_of_datasets),
+        Check(("sharding", "loading"), _broadcast_without_copies),
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("eval_steps", "eval_split", "eval_dataset"), _evaluation_without_rows),

@@ -1,6 +1,7 @@
 """Load a checkpoint into the shards of this rank, layer by layer: read the rows whose bytes it will own, quantise, store.
 
-No rank ever holds more than its own shards and one matrix.
+No rank ever holds more than its own shards and one matrix. Where there are several copies of the base, each is read, or only
+the first, whose ranks send every shard to the ranks that hold the same one, quantised.
 """
 
 from __future__ import annotations
@@ -35,12 +36,20 @@ class LoadReport:
     """What loading did on this rank.
 
     Attributes:
+        bytes_read: from the checkpoint.
+        bytes_received: from the rank that read this rank's shard for it.
         fingerprints: checksum of each 4-bit matrix's bytes over all shards, by the layer's name.
     """
 
     bytes_read: int = 0
+    bytes_received: int = 0
     seconds: float = 0.0
     fingerprints: dict[str, int] = field(default_factory=dict)
+
+
+def reads_base(ranks: Ranks, broadcast: bool) -> bool:
+    """Return whether a rank reads the base, or receives it where only one copy of it is read."""
+    return ranks.replica == 0 or not broadcast
 
 
 def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str]) -> None:
@@ -86,6 +95,7 @@ class Loader:
         seed: seed of LoRA's initial values, the same at every world size.
         adapter: values of the LoRA matrices by '<layer name>.lora_A' / '.lora_B', instead of initial ones.
         init: kind of initial values, as `initial_lora_A` takes it.
+        broadcast: read only one copy of the base and send it to the others.
     """
 
     def __init__(
@@ -97,9 +107,13 @@ class Loader:
         seed: int,
         adapter: Mapping[str, Tensor] | None = None,
         init: str = "default",
+        broadcast: bool = False,
     ) -> None:
         self.reader, self.ranks, self.names, self.allocate = reader, ranks, names, allocate
         self.seed, self.adapter, self.init = seed, adapter, init
+        self._broadcasts = broadcast and ranks.num_replicas > 1
+        self._reads = reads_base(ranks, broadcast)
+        self._bytes_received = 0
         self._fingerprints: dict[str, Tensor] = {}
         self._filled: dict[int, nn.Parameter] = {}
 
@@ -115,7 +129,8 @@ class Loader:
                 self._load_unit(unit)
             if progress is not None:
                 progress(done + 1, len(units))
-        return LoadReport(self.reader.bytes_read, time.monotonic() - started, self._sum_fingerprints())
+        fingerprints = self._sum_fingerprints()
+        return LoadReport(self.reader.bytes_read, self._bytes_received, time.monotonic() - started, fingerprints)
 
     def _load_unit(self, unit: nn.Module) -> None:
         failure: WeightsError | None = None
@@ -137,14 +152,15 @@ class Loader:
             return
         local_shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
         target = self.allocate(module, name, local_shape, parameter.dtype)
-        if isinstance(module, LoRALinear) and name == "packed":
-            self._load_packed(module, target.view(torch.uint8))
-        elif isinstance(module, ExpertStack):
-            self._load_stack(module, target.view(torch.uint8))
-        elif isinstance(module, LoRALinear) and name.startswith("lora_"):
+        if isinstance(module, LoRALinear) and name.startswith("lora_"):
             self._load_lora(module, name, target)
         else:
-            self._load_rows(f"{self.names[module]}.{name}", _full_shape(module, parameter)[0], target)
+            try:
+                if self._reads:
+                    self._read_base(module, name, _full_shape(module, parameter)[0], target)
+            finally:
+                if self._broadcasts:  # after an error too, as the other replicas wait
+                    self._broadcast(module, name, target)
         filled = target
         if isinstance(parameter, DTensor):
             filled = torch.empty_like(parameter, device=target.device)
@@ -152,6 +168,31 @@ class Loader:
             filled._local_tensor = target
         self._filled[id(parameter)] = nn.Parameter(filled, requires_grad=parameter.requires_grad)
         setattr(module, name, self._filled[id(parameter)])
+
+    def _read_base(self, module: nn.Module, name: str, num_rows: int, target: Tensor) -> None:
+        """Fill this rank's part of a frozen parameter from the checkpoint."""
+        if isinstance(module, LoRALinear) and name == "packed":
+            self._load_packed(module, target.view(torch.uint8))
+        elif isinstance(module, ExpertStack):
+            self._load_stack(module, target.view(torch.uint8))
+        else:
+            self._load_rows(f"{self.names[module]}.{name}", num_rows, target)
+
+    def _broadcast(self, module: nn.Module, name: str, target: Tensor) -> None:
+        """Fill this rank's part of a frozen parameter with that of the first replica.
+
+        What rests in CPU memory goes through the device, between which the fast links are.
+        """
+        if not self._reads:
+            self._bytes_received += target.nbytes
+            if isinstance(module, LoRALinear | ExpertStack) and name == "packed":  # the first replica's, which is read
+                self._fingerprints[module.name] = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
+        if target.numel() == 0:  # more ranks than rows
+            return
+        buffer = target.to(self.ranks.device)
+        dist.broadcast(buffer.view(-1).view(torch.uint8), group_src=0, group=self.ranks.replicate_group)
+        if buffer is not target:
+            target.copy_(buffer)
 
     def _rows(self, num_rows: int) -> tuple[int, int]:
         """Return the rows of this rank."""
@@ -274,6 +315,9 @@ class Loader:
         total = torch.stack(list(self._fingerprints.values()))
         if self.ranks.num_shards > 1:
             dist.all_reduce(total, group=self.ranks.shard_group)
+        if self._broadcasts:
+            # not of what was received: verifying the gathered bytes then finds errors of the transfer too
+            dist.broadcast(total, group_src=0, group=self.ranks.replicate_group)
         return dict(zip(self._fingerprints, total.tolist(), strict=True))
 
 

@@ -24,6 +24,12 @@ def test_a_rank_that_fails_ends_the_job(inputs: dict[str, str], tmp_path: Path, 
         assert "something broke" in trials.printed(tmp_path / "run")
 
 
+def test_a_rank_that_dies_while_it_reads_for_another_ends_the_job(inputs: dict[str, str], tmp_path: Path) -> None:
+    settings = {"sharding": "none", "loading": "broadcast"}
+    _, codes, _ = trials.failing_rank(inputs, tmp_path / "run", "load", "kill", 0, **settings)
+    assert codes == [-9, 1]
+
+
 @pytest.mark.parametrize(("place", "victim"), [("load", 1), ("later step", 1), ("later step", 0)])
 def test_a_rank_that_stands_still_is_named(inputs: dict[str, str], tmp_path: Path, place: str, victim: int) -> None:
     job, codes, _ = trials.failing_rank(inputs, tmp_path / "run", place, "pause", victim)

@@ -75,10 +75,10 @@ def targets(run: Path) -> list[tuple[int, int]]:
 
 
 def failing_rank(
-    inputs: dict[str, str], run: Path, place: str, kind: str, victim: int
+    inputs: dict[str, str], run: Path, place: str, kind: str, victim: int, **changes: Any
 ) -> tuple[Job, list[int | None], float]:
     """F1, F2: one of two ranks fails; return the job, its exit codes and the seconds from then to the end of the other."""
-    settings = {**of_world(inputs, 2), "output_dir": run, "timeout_s": TIMEOUT_S, "eval_split": 0.2}
+    settings = {**of_world(inputs, 2), "output_dir": run, "timeout_s": TIMEOUT_S, "eval_split": 0.2, **changes}
     marker = run.with_suffix(".failed")
     job = start(2, settings, functools.partial(fail_at, place, kind, victim, marker))
     job.processes[1 - victim].join(TIMEOUT_S + 60)

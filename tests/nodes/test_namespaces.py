@@ -205,12 +205,15 @@ def logged(run: Path) -> list[int]:
     return [record["step"] for line in lines if line.endswith("}") and "loss" in (record := json.loads(line))]
 
 
-@pytest.mark.parametrize("sharding", ["full", "hybrid"])
+@pytest.mark.parametrize(("sharding", "loading"), [("full", "read"), ("hybrid", "read"), ("hybrid", "broadcast")])
 def test_two_nodes_of_two_ranks_equal_one_of_four(
-    nodes: Nodes, inputs: dict[str, str], tmp_path: Path, sharding: str
+    nodes: Nodes, inputs: dict[str, str], tmp_path: Path, sharding: str, loading: str
 ) -> None:
     settings = {**SETTINGS, **inputs, "max_steps": 6, "gradient_accumulation_steps": 1, "step_timeout_s": 120}
     run_here(4, {**settings, "output_dir": tmp_path / "one"}, nodes.environment)
-    nodes.run(2, {**settings, "output_dir": tmp_path / "two", "sharding": sharding}, tmp_path / "log")
+    run = tmp_path / "two"
+    nodes.run(2, {**settings, "output_dir": run, "sharding": sharding, "loading": loading}, tmp_path / "log")
+    ranks = json.loads((run / "run.json").read_text())["result"]["ranks"]
+    assert [rank["bytes_read"] > 0 for rank in ranks] == [True, True, loading == "read", loading == "read"]
     expected = losses(tmp_path / "one")
-    assert losses(tmp_path / "two") == pytest.approx(expected, rel=1e-6)
+    assert losses(run) == pytest.approx(expected, rel=1e-6)

@@ -134,6 +134,7 @@ def test_long_output_dir_of_short_parts_is_fine() -> None:
     ("overrides", "text"),
     [
         ({"sharding": "none", "cpu_offload": "all"}, "use --sharding=full"),
+        ({"loading": "broadcast"}, "use --loading=read"),
         ({"eval_steps": "5", "eval_split": "0"}, "give --eval_dataset or an --eval_split above 0"),
         ({"adapter": "runs/a", "lora_rank": "8", "use_rslora": "True"}, "the adapter's own config decides"),
         ({"layers_to_transform": "0-3", "lora_target_modules": ".*q_proj"}, "put the blocks into the expression"),
