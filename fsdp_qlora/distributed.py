@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore, PrefixStore, Store, TCPStore
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.rendezvous import rendezvous
 
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, Interrupted, TrainingError
 
@@ -30,6 +31,7 @@ class Ranks:
 
     Attributes:
         mesh: 1-D ("shard") where the base is sharded over all ranks, 2-D ("replicate", "shard") otherwise.
+        ranks_on_gpu: how many ranks compute on this rank's GPU.
         is_interrupted: whether this rank was asked to end before training begins.
     """
 
@@ -38,6 +40,7 @@ class Ranks:
     local_rank: int
     device: torch.device
     mesh: DeviceMesh
+    ranks_on_gpu: int = 1
     is_interrupted: Callable[[], bool] = never
 
     @property
@@ -106,10 +109,26 @@ def compute_dtype(precision: str, device: torch.device) -> torch.dtype:
     return {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
 
 
-def _backend(device: torch.device, local_world_size: int) -> str:
+def count_ranks_by_gpu(device: torch.device, store: Store, rank: int, world_size: int) -> list[int]:
+    """Return, by rank, how many ranks compute on its GPU (1 on the CPU). For all ranks to call.
+
+    A rank may see all GPUs of its node, or only its own as number 0 (CUDA_VISIBLE_DEVICES, SLURM's --gpus-per-task): their
+    UUIDs tell them apart.
+    """
     if device.type == "cpu":
-        return "gloo"
-    if local_world_size > torch.cuda.device_count():
+        return [1] * world_size
+    store.set(f"gpu-of-rank/{rank}", str(torch.cuda.get_device_properties(device).uuid))
+    everyones = store.multi_get([f"gpu-of-rank/{other}" for other in range(world_size)])  # waits until all are there
+    return [everyones.count(gpu) for gpu in everyones]
+
+
+def pick_backend(device: torch.device, ranks_on_gpu: list[int]) -> str:
+    """Return torch's name of what carries the ranks' exchanges: NCCL where each has a GPU of its own.
+
+    Args:
+        ranks_on_gpu: as `count_ranks_by_gpu` returns them.
+    """
+    if device.type == "cpu" or max(ranks_on_gpu) > 1:
         return "gloo"  # NCCL refuses two ranks on one GPU
     return "cpu:gloo,cuda:nccl"
 
@@ -138,10 +157,10 @@ def process_group(sharding: str, timeout_s: int, device: str = "auto") -> Iterat
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        store = _store(world_size, timeout)
-        dist.init_process_group(
-            _backend(chosen, local_world_size), store=store, rank=rank, world_size=world_size, timeout=timeout
-        )
+        store = _store(rank, world_size, timeout)
+        ranks_on_gpu = count_ranks_by_gpu(chosen, store, rank, world_size)
+        backend = pick_backend(chosen, ranks_on_gpu)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (RuntimeError, ValueError) as error:
         raise TrainingError(
             f"rank {rank} of {world_size} could not join the others within {timeout_s} s: {error}; start with torchrun,"
@@ -150,13 +169,14 @@ def process_group(sharding: str, timeout_s: int, device: str = "auto") -> Iterat
     try:
         if sharding == "hybrid":
             _require_equal_nodes(world_size, local_world_size)
-        yield Ranks(rank, world_size, local_rank, chosen, make_mesh(chosen, world_size, sharding, local_world_size))
+        mesh = make_mesh(chosen, world_size, sharding, local_world_size)
+        yield Ranks(rank, world_size, local_rank, chosen, mesh, ranks_on_gpu[rank])
     finally:
         dist.destroy_process_group()
 
 
-def _store(world_size: int, timeout: datetime.timedelta) -> Store | None:
-    """Return where the ranks find each other; None leaves it to torch.
+def _store(rank: int, world_size: int, timeout: datetime.timedelta) -> Store:
+    """Return where the ranks find each other.
 
     When torchrun restarts the ranks it keeps its store, in which they would find the addresses of dead ones and wait for
     them (torch 2.13). On one node the number of the restart tells the lives apart. On several each node counts its own
@@ -167,7 +187,9 @@ def _store(world_size: int, timeout: datetime.timedelta) -> Store | None:
     restart = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     is_kept = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and os.environ.get("GROUP_WORLD_SIZE") == "1"
     if restart == "0" or not is_kept:
-        return None
+        store: Store = next(rendezvous("env://", rank, world_size, timeout=timeout))[0]
+        store.set_timeout(timeout)
+        return PrefixStore("default_pg", store)
     address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     return PrefixStore(f"restart-{restart}", TCPStore(*address, world_size, is_master=False, timeout=timeout))
 

@@ -230,8 +230,7 @@ def budget_of(ranks: Ranks, gpu_memory: str | None, cpu_memory: float | None) ->
             raise ConfigError(f"--gpu_memory={gpu_memory}: {wanted}")
         gpu = smallest_gpu(gpu_memory)
     elif ranks.device.type == "cuda":
-        sharing = -(-local_ranks // torch.cuda.device_count())
-        gpu = torch.cuda.mem_get_info(ranks.device)[0] / sharing + CONTEXT_BYTES
+        gpu = torch.cuda.mem_get_info(ranks.device)[0] / ranks.ranks_on_gpu + CONTEXT_BYTES
     host = available_host_bytes() + local_ranks * PROCESS_BYTES if cpu_memory is None else cpu_memory * GIB
     everyone: list[tuple[float, float, int]] = [(0.0, 0.0, 0)] * ranks.world_size
     dist.all_gather_object(everyone, (gpu, host, local_ranks))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +15,9 @@ from fsdp_qlora.distributed import (
     agree_on_errors,
     choose_device,
     compute_dtype,
+    count_ranks_by_gpu,
     make_mesh,
+    pick_backend,
     process_group,
     sum_over_ranks,
 )
@@ -175,6 +178,26 @@ def test_ranks_that_cannot_be_reached_end_with_the_time_limit() -> None:
     assert message.startswith("rank 1 of 2 could not join the others within 2 s: ")
     assert "MASTER_ADDR:MASTER_PORT" in message
     assert time.monotonic() - started < 45
+
+
+def gpus_on_rank(gpus: list[str]) -> tuple[list[int], str]:
+    """Count the ranks by GPU, with this rank's own as its number 0, and pick a backend."""
+    rank, cuda = int(os.environ["RANK"]), torch.device("cuda", 0)
+    with process_group("full", timeout_s=30, device="cpu"):
+        store = torch.distributed.distributed_c10d._get_default_store()
+        torch.cuda.get_device_properties = lambda _: SimpleNamespace(uuid=gpus[rank])
+        time.sleep(0.3 * rank)  # whoever asks first waits for the others
+        counts = count_ranks_by_gpu(cuda, store, rank, len(gpus))
+        sum_over_ranks(1)  # rank 0 holds the store, and must not leave before the others have read
+    return counts, pick_backend(cuda, counts)
+
+
+def test_nccl_where_every_rank_has_a_gpu_of_its_own() -> None:
+    assert run_ranks(gpus_on_rank, 3, ["a", "b", "c"]) == [([1, 1, 1], "cpu:gloo,cuda:nccl")] * 3
+    assert run_ranks(gpus_on_rank, 3, ["a", "b", "a"]) == [([2, 1, 2], "gloo")] * 3
+    cpu = torch.device("cpu")
+    assert count_ranks_by_gpu(cpu, torch.distributed.HashStore(), 0, 2) == [1, 1]
+    assert pick_backend(cpu, [1, 1]) == "gloo"
 
 
 def test_devices_and_dtypes(monkeypatch: pytest.MonkeyPatch) -> None:
