@@ -6,6 +6,7 @@ the GPU computes.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,10 @@ from torch import Tensor, nn
 from fsdp_qlora.host_memory import host_buffer
 from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import LoRALinear
+from fsdp_qlora.weight_stream import WeightStream
+
+LEAVING = 2
+"""Hidden states that may be on their way to the CPU while the next blocks are computed."""
 
 
 class HiddenStore:
@@ -32,6 +37,7 @@ class HiddenStore:
         self._buffers: dict[int, Tensor] = {}
         self._away: dict[int, Tensor] = {}
         self._fetched: dict[int, tuple[Tensor, torch.cuda.Event]] = {}
+        self._leaving: deque[tuple[Tensor, torch.cuda.Event]] = deque()
         self._stream: torch.cuda.Stream | None = None
 
     def put(self, index: int, hidden: Tensor) -> None:
@@ -45,7 +51,16 @@ class HiddenStore:
         self._away[index] = self._room(index, hidden)
         with torch.cuda.stream(self._stream):
             self._away[index].copy_(hidden, non_blocking=True)
-        hidden.record_stream(self._stream)
+        self._let_go(hidden, self._stream.record_event())
+
+    def _let_go(self, hidden: Tensor, copied: torch.cuda.Event) -> None:
+        """Keep a tensor until it has been copied, and have the computation wait for the copies that are behind by more.
+
+        Tensor.record_stream would let the CPU run ahead and pile up tensors that are not free yet.
+        """
+        self._leaving.append((hidden, copied))
+        while len(self._leaving) > LEAVING:
+            self._leaving.popleft()[1].wait()
 
     def _room(self, index: int, like: Tensor) -> Tensor:
         """Return pinned memory for a tensor, the same every time unless a larger one comes."""
@@ -60,6 +75,8 @@ class HiddenStore:
         """Return the input of block `index` and let go of it; backward asks for the last block first."""
         if index in self._kept:
             return self._kept.pop(index)
+        while self._leaving:
+            self._leaving.popleft()[1].wait()
         self._fetch(index)
         hidden, arrived = self._fetched.pop(index)
         arrived.wait()
@@ -97,6 +114,7 @@ class _Recompute(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         block: Block = ctx.block
         assert block.store is not None
+        block.arrive(backward=True)
         hidden = block.store.get(block.index).requires_grad_(ctx.needs_input_grad[2])
         devices = [hidden.device] if hidden.is_cuda else []
         with torch.random.fork_rng(devices, enabled=block.repeat_random):
@@ -120,6 +138,7 @@ class Block(nn.Module):
         store: keeps the inputs, shared by all blocks; None to keep all activations instead.
         last: what gives the output that only enters the block's sum, so that the second run can do without; or None.
         repeat_random: repeat the same random numbers in the second run (needed with dropout).
+        weights: brings the block's 4-bit weights from CPU memory where FSDP does not; or None.
     """
 
     def __init__(
@@ -129,15 +148,17 @@ class Block(nn.Module):
         store: HiddenStore | None,
         last: LoRALinear | QuantizedExperts | None,
         repeat_random: bool,
+        weights: WeightStream | None = None,
     ) -> None:
         super().__init__()
         self.block, self.index, self.store = block, index, store
-        self.repeat_random = repeat_random
+        self.repeat_random, self.weights = repeat_random, weights
         self._trains = any(parameter.requires_grad for parameter in block.parameters())
         self._last = [last] if last is not None else []  # in a list: it is the block's submodule already
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden states [batch, tokens, hidden] to the block's output of the same shape."""
+        self.arrive(backward=False)
         needed = torch.is_grad_enabled() and (hidden.requires_grad or self._trains)
         if self.store is None or not needed:
             output: Tensor = self.block(hidden, **kwargs)
@@ -146,6 +167,11 @@ class Block(nn.Module):
         anchor = torch.empty(0, device=hidden.device, requires_grad=True)
         output = _Recompute.apply(self, kwargs, hidden, anchor)  # type: ignore[no-untyped-call]
         return output
+
+    def arrive(self, backward: bool) -> None:
+        """Have the block's weights on the device; nothing to do where FSDP brings them."""
+        if self.weights is not None:
+            self.weights.arrive(self.index, backward)
 
     @contextmanager
     def without_last_product(self) -> Iterator[None]:

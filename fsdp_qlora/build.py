@@ -13,6 +13,7 @@ from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from fsdp_qlora.activation_checkpointing import Block
 from fsdp_qlora.adapters import check_adapter, check_layers
 from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
 from fsdp_qlora.errors import ModelError, WeightsError
@@ -153,6 +154,8 @@ def _begin_magnitudes(skeleton: Skeleton, ranks: Ranks, dtype: torch.dtype) -> N
         sharded = isinstance(block, FSDPModule)
         if isinstance(block, FSDPModule):
             block.unshard()
+        if isinstance(block, Block):
+            block.arrive(backward=False)
         adapted = [linear for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
         norms = [linear.row_norms(dtype) for linear in adapted]
         if isinstance(block, FSDPModule):
@@ -174,7 +177,9 @@ def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
     wrong: list[str] = []
     for block in built.skeleton.blocks:
         assert isinstance(block, FSDPModule)
+        assert isinstance(block, Block)
         block.unshard()
+        block.arrive(backward=False)
         wrong += [layer.name for layer in packed_layers(block) if not _is_intact(layer, built.report.fingerprints)]
         block.reshard()
     found: list[list[str]] = [[] for _ in range(ranks.world_size)]

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 CHUNK_BYTES = 256 << 20
-"""Memory that one chunk's float32 logits may take."""
+"""Memory that one chunk's logits may take."""
 
 SCALED_ROWS = 1024
 """Rows whose gradient is scaled at a time."""
@@ -27,25 +27,16 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
-        rows = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+        rows = _chunk_rows(head_VD)
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         needs_grad = ctx.needs_input_grad[0]
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else None
         for start in range(0, hidden_TD.shape[0], rows):
             chunk, labels = hidden_TD[start : start + rows], labels_T[start : start + rows]
-            logits = F.linear(chunk, head_VD).float()
-            capped = torch.tanh(logits / softcap) if softcap is not None else None
-            scores = logits if capped is None or softcap is None else capped * softcap
-            total += F.cross_entropy(scores, labels, ignore_index=IGNORE, reduction="sum")
-            if grad_TD is None:
-                continue
-            grad = torch.softmax(scores, dim=-1)
-            targets = labels.clamp(min=0).unsqueeze(1)
-            grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
-            grad *= (labels != IGNORE).unsqueeze(1)
-            if capped is not None:
-                grad *= 1 - capped.square()
-            grad_TD[start : start + rows] = grad.to(chunk.dtype) @ head_VD
+            loss, grad = _cross_entropy(F.linear(chunk, head_VD), labels, softcap, needs_grad)
+            total += loss
+            if grad_TD is not None:
+                grad_TD[start : start + rows] = grad @ head_VD
         ctx.save_for_backward(*([grad_TD] if grad_TD is not None else []))
         return total
 
@@ -58,6 +49,40 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             rows = slice(start, start + SCALED_ROWS)
             scaled[rows] = grad_TD[rows].float() * grads[0].float()
         return scaled, None, None, None
+
+
+def _chunk_rows(head_VD: Tensor) -> int:
+    return max(1, CHUNK_BYTES // (head_VD.itemsize * head_VD.shape[0]))
+
+
+def _cross_entropy(
+    logits_TV: Tensor, labels_T: Tensor, softcap: float | None, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Return the sum of the losses, float32, and, if wanted, its gradient for the logits, which may be in their memory."""
+    if logits_TV.is_cuda:
+        from fsdp_qlora.loss_kernel import cross_entropy_
+
+        return cross_entropy_(logits_TV, labels_T, softcap, needs_grad, IGNORE).sum(), logits_TV
+    return cross_entropy_reference(logits_TV, labels_T, softcap, needs_grad)
+
+
+def cross_entropy_reference(
+    logits_TV: Tensor, labels_T: Tensor, softcap: float | None, needs_grad: bool
+) -> tuple[Tensor, Tensor]:
+    """Do the same by PyTorch's own operators."""
+    logits = logits_TV.float()
+    capped = torch.tanh(logits / softcap) if softcap is not None else None
+    scores = logits if capped is None or softcap is None else capped * softcap
+    loss = F.cross_entropy(scores, labels_T, ignore_index=IGNORE, reduction="sum")
+    if not needs_grad:
+        return loss, logits_TV
+    grad = torch.softmax(scores, dim=-1)
+    targets = labels_T.clamp(min=0).unsqueeze(1)
+    grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
+    grad *= (labels_T != IGNORE).unsqueeze(1)
+    if capped is not None:
+        grad *= 1 - capped.square()
+    return loss, grad.to(logits_TV.dtype)
 
 
 def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
@@ -80,7 +105,7 @@ def count_correct(hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor) -> Tenso
 
     A soft cap changes no order among logits. The logits are made a second time, as only evaluation asks for this.
     """
-    rows = max(1, CHUNK_BYTES // (4 * head_VD.shape[0]))
+    rows = _chunk_rows(head_VD)
     total = torch.zeros((), dtype=torch.int64, device=hidden_TD.device)
     for start in range(0, hidden_TD.shape[0], rows):
         best = F.linear(hidden_TD[start : start + rows], head_VD).argmax(dim=-1)

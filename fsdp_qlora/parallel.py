@@ -23,6 +23,7 @@ from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers, quantize_and_adapt
 from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear
+from fsdp_qlora.weight_stream import WeightStream
 
 
 class LossModel(nn.Module):
@@ -181,6 +182,9 @@ def parallelize(
     blocks = skeleton.blocks
     store = HiddenStore(memory.offload_activations)
     repeat_random = lora is not None and lora.dropout > 0
+    offload = spread(memory.offload_blocks, len(blocks))
+    streamed: dict[int, list[tuple[nn.Module, str]]] = {}
+    weights = WeightStream(streamed, ranks.device)
     for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
         block = blocks[index]
         last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear else None
@@ -190,7 +194,10 @@ def parallelize(
             # limit of 8 the rest of them would run uncompiled without an error.
             torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
             block.compile()
-        blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random)
+        if ranks.num_shards == 1 and checkpointed and offload[index]:
+            streamed[index] = [(layer, "packed") for layer in packed_layers(block)]
+        arriving = weights if index in streamed else None
+        blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random, arriving)
     root = LossModel(skeleton)
     offloaded = _fully_shard(root, blocks, ranks, memory)
     if memory.offload_vocabulary:
@@ -223,11 +230,15 @@ def _fully_shard(
     vocabularies = [module for module in root.modules() if isinstance(module, ShardedVocabulary)]
     offloaded: set[tuple[nn.Module, str]] = set()
     for block, offload in zip(blocks, spread(memory.offload_blocks, len(blocks)), strict=True):
+        assert isinstance(block, Block)
         _refuse_corrupting_storage(block)
-        fully_shard(block, mesh=ranks.mesh)
+        packed = {(layer, "packed") for layer in packed_layers(block)}
+        # Unsharded weights that stay on the device, or that a WeightStream brings, would only be copied by FSDP.
+        plain = ranks.num_shards == 1 and (not offload or block.weights is not None)
+        fully_shard(block, mesh=ranks.mesh, ignored_params={layer.packed for layer, _ in packed} if plain else None)
         if offload:
             names = ("packed", *ADAPTER_PARTS) if memory.offload_lora else ("packed",)
-            offloaded |= _offload(block, names, ranks)
+            offloaded |= packed | _offload(block, names, ranks)
     fully_shard(root, mesh=ranks.mesh, ignored_params={vocabulary.weight for vocabulary in vocabularies})
     register_fsdp_forward_method(root, "next_tokens")
     for module in root.modules():

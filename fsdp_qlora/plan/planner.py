@@ -52,15 +52,17 @@ LOSS_FORWARD = Alive(norm=1, hidden=4)
 LOSS_BACKWARD = Alive(norm=4, hidden=3)
 """Backward of the final norm, in float32."""
 
-LOGITS = 3.5
-"""Float32 logits of one chunk: the old chunk's and their gradient, the new chunk's in both dtypes."""
+LOGITS = 2
+"""Chunks of logits: the old one's, which hold their gradient, and the new one's."""
 
-LOGITS_SOFTCAPPED = 6.5
 SCORE_BYTES = 4, 3
 """Per score of soft-capped attention, which keeps them all: bytes in float32, and tensors in the compute dtype."""
 
 GATHER_BUFFERS = 2
 """Block-sized buffers of FSDP's gather stream (current and prefetched block), never free for other tensors."""
+
+STREAM_BUFFERS = 2
+"""Buffers of a WeightStream, each for the 4-bit weights of a block."""
 
 UNSHARDED_GRADIENTS = 2
 """Copies of one block's LoRA gradients: as computed, and as reduce-scatter's input."""
@@ -158,6 +160,8 @@ def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
     }
     if shape.num_shards > 1:
         resting["gathered blocks"] = GATHER_BUFFERS * shape.gathered
+    elif _offloads_blocks(shape, memory, checkpointed=True):
+        resting["streamed blocks"] = STREAM_BUFFERS * max(block.packed for block in shape.blocks)
     return resting, lora
 
 
@@ -190,12 +194,20 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
 
 
 def _running(shape: ModelShape, memory: MemorySettings) -> float:
-    """Return the bytes of the parameters of the block that runs, beside the gather stream's buffers."""
+    """Return the bytes of the parameters of the block that runs, beside the buffers of the gathers or the stream."""
+    if shape.num_shards == 1 and not _offloads_blocks(shape, memory, checkpointed=False):
+        return max(block.frozen + block.lora for block in shape.blocks)  # FSDP does not copy the 4-bit weights
     if not memory.offload_blocks:
         return shape.gathered
     # on its way from the host: one matrix at a time, or with several ranks the whole part of the next block
     arriving = shape.largest_packed if shape.num_shards == 1 else max(block.packed_part for block in shape.blocks)
     return shape.gathered + arriving
+
+
+def _offloads_blocks(shape: ModelShape, memory: MemorySettings, checkpointed: bool) -> bool:
+    """Whether there are offloaded blocks that are, or are not, checkpointed; only the former are streamed."""
+    away, again = (spread(count, len(shape.blocks)) for count in (memory.offload_blocks, memory.checkpoint_blocks))
+    return any(rests and repeats is checkpointed for rests, repeats in zip(away, again, strict=True))
 
 
 def _saved(shape: ModelShape, run: Run) -> float:
@@ -216,8 +228,7 @@ def _saved(shape: ModelShape, run: Run) -> float:
 def _loss(shape: ModelShape, run: Run) -> dict[str, float]:
     """Return the bytes of the gathered head, and of the logits or, earlier and if larger, of its part from the host."""
     gathers = shape.num_shards > 1 or run.memory.offload_vocabulary
-    chunk = min(loss.CHUNK_BYTES, 4 * shape.vocabulary_rows * run.tokens)
-    logits = chunk * (LOGITS_SOFTCAPPED if shape.softcapped[0] else LOGITS)
+    logits = LOGITS * min(loss.CHUNK_BYTES, shape.itemsize * shape.vocabulary_rows * run.tokens)
     arriving = shape.head_bytes / shape.num_shards if shape.num_shards > 1 and run.memory.offload_vocabulary else 0
     return {"gathered head": shape.head_bytes if gathers else 0, "logits": max(logits, arriving)}
 

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from fsdp_qlora.activation_checkpointing import Block
 from fsdp_qlora.build import BuiltModel, build_model, verify_weights
 from fsdp_qlora.distributed import Ranks, make_mesh, process_group
 from fsdp_qlora.errors import ConfigError, WeightsError
@@ -37,6 +38,7 @@ class Case:
     storage: str = "float32"
     sharding: str = "full"
     cpu_offload: bool = False
+    recompute: bool = False
     quant_type: str = "nf4"
     double_quant: bool = True
 
@@ -46,13 +48,13 @@ def build(case: Case, ranks: Ranks, lora: LoraSettings | None = LORA) -> tuple[B
     ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, case.sharding))
     quant = QuantSettings(case.quant_type, case.double_quant, case.storage, ranks.num_shards)
     folder = case.folder or case.source
-    return build_model(folder, ranks, quant, lora, torch.float32, memory=memory(cpu_offload=case.cpu_offload)), ranks
+    resting = memory(cpu_offload=case.cpu_offload, activation_checkpointing=case.recompute)
+    return build_model(folder, ranks, quant, lora, torch.float32, memory=resting), ranks
 
 
 def local(linear: LoRALinear) -> torch.Tensor:
-    """Return this rank's part of a layer's packed weights."""
-    assert isinstance(linear.packed, DTensor)
-    return linear.packed.to_local()
+    """Return this rank's part of a layer's packed weights, which FSDP need not hold where there is one shard."""
+    return linear.packed.to_local() if isinstance(linear.packed, DTensor) else linear.packed.data
 
 
 def gathered_hashes(case: Case, ranks: Ranks) -> dict[str, str]:
@@ -64,10 +66,13 @@ def gathered_hashes(case: Case, ranks: Ranks) -> dict[str, str]:
     hashes = {}
     for block in built.skeleton.blocks:
         assert isinstance(block, FSDPModule)
+        assert isinstance(block, Block)
         for linear in lora_linears(block):
             assert local(linear).dtype == STORAGE_DTYPES[case.storage]
+            assert isinstance(linear.packed, DTensor) or ranks.num_shards == 1
             assert local(linear).device.type == ("cpu" if case.cpu_offload else ranks.device.type)
         block.unshard()
+        block.arrive(backward=False)
         for linear in lora_linears(block):
             size = linear.layout.num_bytes
             gathered = linear.packed.view(torch.uint8)[:size].cpu()
@@ -92,7 +97,6 @@ def flip_cases(device: str, cases: list[Case]) -> list[str]:
     with process_group("full", timeout_s=60, device=device) as ranks:
         for case in cases:
             built, own_ranks = build(case, ranks)
-            verify_weights(built, own_ranks)
             if ranks.rank == ranks.world_size - 1:
                 linear = list(lora_linears(built.root))[3]
                 local(linear).view(torch.uint8)[17] ^= 4
@@ -108,6 +112,7 @@ def storage_cases(source: Path, storages: tuple[str, ...] = tuple(STORAGE_DTYPES
     cases = []
     for storage in storages:
         cases += [Case(source, storage=storage), Case(source, storage=storage, cpu_offload=True)]
+        cases.append(Case(source, storage=storage, cpu_offload=True, recompute=True))
         cases.append(Case(source, storage=storage, sharding="none"))
     return cases
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 from torch import nn
 
+from fsdp_qlora.loss import IGNORE, cross_entropy_reference
+from fsdp_qlora.loss_kernel import cross_entropy_
 from fsdp_qlora.models import attention
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import STORAGE_DTYPES, Layout
@@ -87,3 +89,23 @@ def test_flash_attention_equals_attention_by_document(heads: tuple[int, int], wi
     for found, expected in zip(*results, strict=True):
         error = (found - expected).norm() / expected.norm()
         assert error < 1e-2, error
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_cross_entropy_equals_pytorchs(dtype: torch.dtype, softcap: float | None) -> None:
+    for shape in ((33, 50), (7, 8192), (64, 32003), (5, 128256)):
+        logits = (4 * torch.randn(shape, device="cuda")).to(dtype)
+        labels = torch.randint(0, shape[1], shape[:1], device="cuda")
+        labels[::3] = IGNORE
+        loss, grad = cross_entropy_reference(logits, labels, softcap, needs_grad=True)
+        untouched = logits.clone()
+        assert cross_entropy_(untouched, labels, softcap, False, IGNORE).sum().item() == pytest.approx(
+            loss.item(), 1e-6
+        )
+        assert torch.equal(untouched, logits)
+        losses = cross_entropy_(logits, labels, softcap, True, IGNORE)
+        assert losses[::3].eq(0).all()
+        assert losses.sum().item() == pytest.approx(loss.item(), 1e-6)
+        # equal but for the rounding of the exponential, which can flip the last bit of a 16-bit result
+        torch.testing.assert_close(logits.float(), grad.float(), rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-6)
