@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import fire
 import random_checkpoint
@@ -153,16 +154,31 @@ def _profile(step: Callable[[], float], path: str) -> dict[str, float]:
     if path:
         result.export_chrome_trace(path)
     totals: dict[str, float] = dict.fromkeys([*KINDS, "pointwise and other"], 0.0)
-    kernels = [e for e in result.key_averages() if e.device_type == torch.autograd.DeviceType.CUDA]
+    kernels = [e for e in result.key_averages() if _on_gpu(e)]
     for event in kernels:
         name = event.key.lower()
         kind = next(
             (kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "pointwise and other"
         )
         totals[kind] += event.self_device_time_total / 1e3
+    totals["idle"] = _idle_ms([(e.time_range.start, e.time_range.end) for e in result.events() if _on_gpu(e)])
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:18]:
         print(f"  {event.self_device_time_total / 1e3:8.1f} ms {event.count:5d} x {event.key[:100]}")
     return totals
+
+
+def _on_gpu(event: Any) -> bool:
+    return bool(event.device_type == torch.autograd.DeviceType.CUDA)
+
+
+def _idle_ms(spans: list[tuple[float, float]]) -> float:
+    """Return for how long nothing ran between the first start and the last end, of spans in microseconds."""
+    busy, end = 0.0, min(start for start, _ in spans)
+    first = end
+    for start, stop in sorted(spans):
+        busy += max(0.0, stop - max(start, end))
+        end = max(end, stop)
+    return (end - first - busy) / 1e3
 
 
 @dataclass
@@ -193,6 +209,7 @@ def _build(folder: Path, ranks: Ranks, rank: int, variant: str, blocks: int) -> 
         offload_blocks=blocks if offload else 0,
         offload_vocabulary=offload,
         checkpoint_blocks=0 if keep else blocks,
+        offload_activations="-hidden" in variant,
     )
     lora = LoraSettings(rank, 16.0)
     compiled = variant.startswith("compile")
@@ -219,7 +236,7 @@ def bench(
 ) -> None:
     """Measure variants: peft, or this trainer eager or compile, with full recomputation.
 
-    '-keep': without recomputation; '-offload': all blocks rest on the CPU.
+    '-keep': without recomputation; '-offload': all blocks rest on the CPU; '-hidden': hidden states wait there.
     """
     target = Path(folder or tempfile.mkdtemp())
     if not (target / "config.json").exists():

@@ -1,6 +1,6 @@
 """Compare the planner's estimates with what a rank takes: real shapes, random weights, one GPU.
 
-    python scripts/plan_check.py --folder_8b /tmp/llama-8b --folder_70b /tmp/llama-70b [--only 8b --parallel 3]
+    python scripts/plan_check.py --folder_8b /tmp/llama-8b --folder_70b /tmp/llama-70b [--only 70b --parallel 3]
 
 A world of two is rank 0 of PyTorch's fake process group: its shards, buffers and gathers are real in size, what it gathers
 is not real in content. Each run is a process of its own. Prints one row a run: estimated and measured GiB on the GPU
@@ -167,12 +167,16 @@ def main(
     parallel: int = 1,
     case: int | None = None,
 ) -> None:
-    """Measure every case, `parallel` at a time; with --case only that one, as JSON."""
+    """Measure every case, `parallel` at a time; with --case only that one, as JSON.
+
+    Args:
+        only: parts of the names of the cases to measure, with | between them.
+    """
     folders = {"8b": Path(folder_8b), "70b": Path(folder_70b)}
     if case is not None:
         print(json.dumps(measure(CASES[case], folders[CASES[case].shape], steps)))
         return
-    numbers = [number for number, one in enumerate(CASES) if only in ("", one.shape)]
+    numbers = [number for number, one in enumerate(CASES) if any(part in str(one) for part in only.split("|"))]
     for shape in {CASES[number].shape for number in numbers}:
         if not (folders[shape] / "config.json").exists():
             random_checkpoint.make(f"llama-{shape}", str(folders[shape]))
