@@ -41,7 +41,7 @@ class LossModel(nn.Module):
         self,
         input_ids: Tensor,
         position_ids: Tensor,
-        cu_seqlens: Tensor,
+        cu_seqlens: Tensor | None,
         max_seqlen: int,
         target_positions: Tensor,
         target_ids: Tensor,
@@ -54,7 +54,7 @@ class LossModel(nn.Module):
 
         Args:
             input_ids, position_ids: int64 [batch, tokens].
-            cu_seqlens, max_seqlen: document boundaries, see models/attention.py.
+            cu_seqlens, max_seqlen: document boundaries, see models/attention.py; None where each row is one document.
             target_positions: int64 [targets], positions among the batch * tokens ones that predict a target.
             target_ids: int64 [targets], the tokens to predict there.
         """

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
@@ -20,6 +21,10 @@ ATTENTION = "fsdp_qlora_packed"
 
 # torch 2.11 shares key and value heads without being told, later versions want to be
 GROUPED: dict[str, Any] = {"enable_gqa": True} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+
+
+ROW_BACKENDS = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION]
+"""For rows that are one document each, the fastest first; on H100 cuDNN's takes 0.6 of FlashAttention 2's time."""
 
 
 def packed_attention(
@@ -44,7 +49,7 @@ def packed_attention(
         sliding_window: tokens a token sees, itself included; None: all before it.
         softcap: scores are replaced by softcap * tanh(scores / softcap).
         cu_seq_lens_q: int32 [documents + 1], boundaries over the batch * tokens flattened positions; default: one document
-            a row. It may end in repeats of the total (empty documents).
+            a row, which cuDNN attends to faster. It may end in repeats of the total (empty documents).
         max_length_q: upper bound of a document's length.
 
     Returns:
@@ -53,14 +58,24 @@ def packed_attention(
     if attention_mask is not None:
         raise AssertionError("packed attention takes documents, not masks")
     batch, _heads, tokens, _head_dim = query.shape
+    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None
+    if flash and cu_seq_lens_q is None and (sliding_window is None or sliding_window >= tokens):
+        return _by_row(query, key, value, scaling), None
     if cu_seq_lens_q is None:
         cu_seq_lens_q = torch.arange(batch + 1, dtype=torch.int32, device=query.device) * tokens
     # flattened over the batch: [batch * tokens, heads, head_dim]
     q_NHD, k_NHD, v_NHD = (t.transpose(1, 2).reshape(batch * tokens, t.shape[1], -1) for t in (query, key, value))
-    flash = query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and softcap is None
     attend = _flash if flash else _by_document
     out = attend(q_NHD, k_NHD, v_NHD, cu_seq_lens_q, max_length_q or tokens, scaling, sliding_window, softcap)
     return out.view(batch, tokens, query.shape[1], -1), None
+
+
+def _by_row(query: Tensor, key: Tensor, value: Tensor, scaling: float | None) -> Tensor:
+    """Causal attention over whole rows."""
+    grouped = query.shape[1] != key.shape[1]
+    with sdpa_kernel(ROW_BACKENDS, set_priority=True):
+        out = F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scaling, enable_gqa=grouped)
+    return out.transpose(1, 2)
 
 
 def _flash(

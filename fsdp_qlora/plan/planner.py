@@ -43,8 +43,8 @@ SAVED_COMPILED = Alive(hidden=3, query=2, key_value=2, intermediate=3)
 FORWARD = Alive(hidden=2, intermediate=3)
 """Alive in a forward that keeps nothing: residual, norm output; silu(gate), up before and after LoRA is added."""
 
-BACKWARD = Alive(hidden=2, intermediate=2)
-"""Alive in a block's backward beside SAVED: gradients of the output and of two tensors of the MLP."""
+BACKWARD = Alive(hidden=6, intermediate=2)
+"""Alive in a block's backward beside SAVED: gradients of the output and of two tensors of the MLP, widened copies."""
 
 LOSS_FORWARD = Alive(norm=1, hidden=4)
 """Beside the logits: final norm's float32 copy; hidden states before it, after it, of the targets, and their gradient."""
@@ -73,8 +73,11 @@ SLACK = 0.15
 CONTEXT_BYTES = GIB // 2
 """CUDA context and libraries, outside torch's allocator."""
 
-PROCESS_BYTES = 3 * GIB // 2
+PROCESS_BYTES = 5 * GIB // 4
 """Host memory of one process: Python, torch, CUDA."""
+
+COMPILER_BYTES = GIB // 4
+"""Host memory of torch.compile where nothing was compiled before."""
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,6 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
         "kept hidden states": ranks * memory.checkpoint_blocks * hidden if memory.offload_activations else 0,
         # copies of the adapter, on one rank, and of AdamW's two moments, which a thread writes while training goes on
         "checkpoint being saved": trained + ranks * 2 * trained_part,
-        "processes": ranks * PROCESS_BYTES,
+        "processes": ranks * (PROCESS_BYTES + (COMPILER_BYTES if run.compiled else 0)),
     }
     return {name: size for name, size in sizes.items() if size}

@@ -240,7 +240,7 @@ def test_a_save_copies_the_adapter_once_and_the_moments_of_every_rank(shape_of) 
 
 
 def test_hidden_states_go_to_the_host_for_the_longest_contexts(shape_of) -> None:
-    memory = choose(shape_of("8b"), budget(24, 64), Request(Run(1, 75_000))).memory
+    memory = choose(shape_of("8b"), budget(24, 64), Request(Run(1, 75_000, compiled=True))).memory
     assert memory.offload_activations
     assert memory.checkpoint_blocks == 32
 
