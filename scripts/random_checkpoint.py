@@ -133,12 +133,16 @@ def block_shapes(config: PretrainedConfig) -> dict[str, tuple[int, int]]:
     return attention | {f"{prefix}.{part}": shape for prefix in prefixes for part, shape in parts.items()}
 
 
-def block_tensors(config: PretrainedConfig, index: int, device: str) -> dict[str, Tensor]:
+def block_tensors(config: PretrainedConfig, index: int, device: str, quantized: bool) -> dict[str, Tensor]:
     """Return the tensors of one decoder block."""
     prefix = f"model.layers.{index}."
     tensors: dict[str, Tensor] = {}
     for name, (out_features, in_features) in block_shapes(config).items():
-        tensors |= quantized_tensors(f"{prefix}{name}.weight", out_features, in_features, device)
+        key = f"{prefix}{name}.weight"
+        if quantized:
+            tensors |= quantized_tensors(key, out_features, in_features, device)
+        else:
+            tensors[key] = (torch.randn(out_features, in_features, device=device) * 0.02).bfloat16().cpu()
     norms = {"input_layernorm": config.hidden_size, "post_attention_layernorm": config.hidden_size}
     if num_experts := getattr(config, "num_experts", 0):
         router = torch.randn(num_experts, config.hidden_size, device=device) * 0.02
@@ -166,8 +170,8 @@ def save_data(folder: Path, num_rows: int = 400, characters: int = 4000) -> None
     (folder / "data.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def make(shape: str, folder: str, num_blocks: int | None = None) -> None:
-    """Write the checkpoint, tokenizer and data of a shape into a folder."""
+def make(shape: str, folder: str, num_blocks: int | None = None, quantized: bool = True) -> None:
+    """Write the checkpoint, in nf4 or else in bf16, tokenizer and data of a shape into a folder."""
     started = time.monotonic()
     target = Path(folder)
     target.mkdir(parents=True, exist_ok=True)
@@ -180,19 +184,20 @@ def make(shape: str, folder: str, num_blocks: int | None = None) -> None:
         weight_map.update(dict.fromkeys(tensors, file))
 
     for index in range(config.num_hidden_layers):
-        save(block_tensors(config, index, device), f"block-{index:03d}.safetensors")
+        save(block_tensors(config, index, device, quantized), f"block-{index:03d}.safetensors")
     size = (config.vocab_size, config.hidden_size)
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         save({name: (torch.randn(size, device=device) * 0.02).bfloat16().cpu()}, f"{name.split('.')[-2]}.safetensors")
     save({"model.norm.weight": torch.ones(config.hidden_size, dtype=torch.bfloat16)}, "norm.safetensors")
     (target / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    config.quantization_config = {
-        "quant_method": "bitsandbytes",
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": "nf4",
-        "bnb_4bit_use_double_quant": True,
-        "bnb_4bit_compute_dtype": "bfloat16",
-    }
+    if quantized:
+        config.quantization_config = {
+            "quant_method": "bitsandbytes",
+            "load_in_4bit": True,
+            "bnb_4bit_quant_type": "nf4",
+            "bnb_4bit_use_double_quant": True,
+            "bnb_4bit_compute_dtype": "bfloat16",
+        }
     config.save_pretrained(target)
     save_tokenizer(target)
     save_data(target)

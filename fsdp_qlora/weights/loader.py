@@ -201,9 +201,13 @@ class Loader:
     def _load_rows(self, name: str, num_rows: int, target: Tensor) -> None:
         start, stop = self._rows(num_rows)
         row_size = target[:1].numel() if target.numel() else 0
-        values = self.reader.read(name, start * row_size, stop * row_size)
+        if self.reader.entry(name).dtype == target.dtype:
+            values = target.view(-1)
+            self.reader.read_into(values.view(torch.uint8), name, start * row_size * target.itemsize)
+        else:
+            values = self.reader.read(name, start * row_size, stop * row_size, target.device)
+            target.copy_(values.view(target.shape))
         require_finite(values, self.reader, name)
-        target.copy_(values.view(target.shape))
 
     def _load_lora(self, module: LoRALinear, name: str, target: Tensor) -> None:
         key = f"{module.name}.{name}"
@@ -223,15 +227,19 @@ class Loader:
         """Fill uint8 [shard_bytes] with this rank's bytes of the flat parameter."""
         name, layout = f"{module.name}.weight", module.layout
         shard = layout.shard_range(self.ranks.shard)
-        flat = torch.zeros(layout.shard_bytes, dtype=torch.uint8, device=self.ranks.device)
-        if is_quantized(self.reader.tensors, name):
+        quantized = is_quantized(self.reader.tensors, name)
+        on_device = target.device == self.ranks.device
+        # bytes that nothing is computed of go where they are wanted at once
+        flat = target.zero_() if on_device or quantized else torch.zeros_like(target, device=self.ranks.device)
+        if quantized:
             copy_quantized(self.reader, name, layout, flat, shard.start)
         elif layout.dense_dtype is not None:
             self._copy_dense(name, layout, layout.dense_dtype, shard.start, flat)
         else:
             self._quantize(name, layout, shard.start, flat)
-        self._fingerprints[module.name] = fingerprint(flat, shard.start)
-        target.copy_(flat)
+        self._fingerprints[module.name] = fingerprint(flat.to(self.ranks.device, non_blocking=True), shard.start)
+        if flat is not target:
+            target.copy_(flat)
 
     def _load_stack(self, stack: ExpertStack, target: Tensor) -> None:
         """Fill uint8 [shard_bytes] with this rank's bytes of a stack, matrix by matrix.
@@ -260,16 +268,16 @@ class Loader:
         if layout.dense_dtype is not None:
             self._copy_dense(name, layout, layout.dense_dtype, 0, flat)
             return flat
-        weights = self.reader.read(name).to(self.ranks.device)
+        weights = self.reader.read(name, device=self.ranks.device)
         require_finite(weights, self.reader, name)
         return quantize_matrix(weights, layout)
 
     def _copy_dense(self, name: str, layout: Layout, dtype: torch.dtype, start: int, flat: Tensor) -> None:
         begin, end = min(start, layout.codes.stop), min(start + flat.numel(), layout.codes.stop)
         if begin < end:
-            weights = self.reader.read(name, begin // dtype.itemsize, end // dtype.itemsize)
+            weights = self.reader.read(name, begin // dtype.itemsize, end // dtype.itemsize, flat.device)
             require_finite(weights, self.reader, name)
-            flat[: end - begin] = dense_bytes(weights, dtype).to(flat.device)
+            flat[: end - begin] = dense_bytes(weights, dtype)
 
     def _quantize(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
         failure: WeightsError | None = None
@@ -279,7 +287,7 @@ class Loader:
         absmax = torch.zeros(max(last - first, 0), dtype=torch.float32, device=flat.device)
         if count > 0:
             try:
-                weights = self.reader.read(name, first * BLOCKSIZE, first * BLOCKSIZE + count).to(flat.device)
+                weights = self.reader.read(name, first * BLOCKSIZE, first * BLOCKSIZE + count, flat.device)
                 require_finite(weights, self.reader, name)
                 codes, absmax = quantize_blocks(weights, layout.quant_type)
                 _place(flat, start, first * BLOCK_BYTES, codes)
@@ -334,10 +342,10 @@ def copy_quantized(reader: Reader, name: str, layout: Layout, flat: Tensor, star
     for section, tensor in sections:
         begin, end = max(start, section.start), min(start + flat.numel(), section.stop)
         if begin < end:
-            piece = reader.read_bytes(tensor, begin - section.start, end - section.start)
+            piece = flat[begin - start : end - start]
+            reader.read_into(piece, tensor, begin - section.start)
             if reader.entry(tensor).dtype == torch.float32:
                 require_finite(piece.view(torch.float32), reader, tensor)
-            flat[begin - start : end - start] = piece.to(flat.device)
     if layout.double_quant:
         offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
         _place(flat, start, layout.offset.start, offset.view(torch.uint8))

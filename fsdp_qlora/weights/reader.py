@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 
@@ -12,6 +13,15 @@ from torch import Tensor
 
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.weights.index import TensorEntry
+
+READERS = 8
+"""Threads that read one slice together: a single one leaves fast disks idle."""
+
+PIECE_BYTES = 4 << 20
+"""What a thread reads at a time."""
+
+STAGING_BYTES = 64 << 20
+"""Each of the two pinned buffers that bytes for a GPU go through."""
 
 
 class Reader:
@@ -25,6 +35,8 @@ class Reader:
         self.tensors = tensors
         self.bytes_read = 0
         self._files: dict[Path, int] = {}
+        self._pool: ThreadPoolExecutor | None = None
+        self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
 
     def __enter__(self) -> Reader:
         return self
@@ -35,9 +47,13 @@ class Reader:
         for descriptor in self._files.values():
             os.close(descriptor)
         self._files.clear()
+        if self._pool is not None:
+            self._pool.shutdown()
+            self._pool = None
+        self._staging.clear()
 
-    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Return elements [start, stop) of a tensor in storage order, as a 1-D CPU tensor of its dtype.
+    def read(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
+        """Return elements [start, stop) of a tensor in storage order, 1-D in its dtype.
 
         Raises:
             WeightsError: no such tensor, or the file cannot be read or ends early.
@@ -45,15 +61,46 @@ class Reader:
         entry = self.entry(name)
         itemsize = entry.dtype.itemsize
         stop = entry.size_bytes // itemsize if stop is None else stop
-        return self.read_bytes(name, start * itemsize, stop * itemsize).view(entry.dtype)
+        data = torch.empty(max(stop - start, 0) * itemsize, dtype=torch.uint8, device=device)
+        self.read_into(data, name, start * itemsize)
+        return data.view(entry.dtype)
 
-    def read_bytes(self, name: str, start: int, stop: int) -> Tensor:
-        """Return bytes [start, stop) of a tensor as uint8, whatever its dtype."""
+    def read_into(self, data: Tensor, name: str, start: int) -> None:
+        """Fill `data`, uint8 and contiguous, with a tensor's bytes from `start` on."""
         entry = self.entry(name)
-        data = torch.empty(max(stop - start, 0), dtype=torch.uint8)
-        self._fill(entry, entry.start + start, data)
+        if data.is_cuda:
+            self._read_to_gpu(entry, entry.start + start, data)
+        else:
+            self._read(entry, entry.start + start, data)
         self.bytes_read += data.numel()
-        return data
+
+    def _read_to_gpu(self, entry: TensorEntry, position: int, data: Tensor) -> None:
+        """Read into one pinned buffer while the other is copied."""
+        if not self._staging:
+            for _ in range(2):
+                buffer = torch.empty(STAGING_BYTES, dtype=torch.uint8, pin_memory=True)
+                self._staging.append((buffer, torch.cuda.Event()))  # type: ignore[no-untyped-call]
+        for piece in torch.split(data, STAGING_BYTES):
+            buffer, copied = self._staging[0]
+            self._staging.reverse()
+            copied.synchronize()
+            self._read(entry, position, buffer[: piece.numel()])
+            piece.copy_(buffer[: piece.numel()], non_blocking=True)
+            copied.record()
+            position += piece.numel()
+
+    def _read(self, entry: TensorEntry, position: int, data: Tensor) -> None:
+        """Fill CPU memory from a place in the entry's file, with several threads if it is much."""
+        self._open(entry)
+        if data.numel() <= PIECE_BYTES:
+            self._fill(entry, position, data)
+            return
+        if self._pool is None:
+            self._pool = ThreadPoolExecutor(READERS)
+        pieces = torch.split(data, PIECE_BYTES)
+        positions = range(position, position + data.numel(), PIECE_BYTES)
+        for _ in self._pool.map(self._fill, [entry] * len(pieces), positions, pieces):
+            pass
 
     def entry(self, name: str) -> TensorEntry:
         """Return a tensor's entry; WeightsError names the tensor and a file if there is none."""
@@ -64,10 +111,16 @@ class Reader:
     def _some_folder(self) -> str:
         return str(next(iter(self.tensors.values())).file.parent) if self.tensors else "empty checkpoint"
 
+    def _open(self, entry: TensorEntry) -> None:
+        if entry.file in self._files:
+            return
+        try:
+            self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
+        except OSError as error:
+            raise _unreadable(entry, error) from error
+
     def _fill(self, entry: TensorEntry, position: int, data: Tensor) -> None:
         try:
-            if entry.file not in self._files:
-                self._files[entry.file] = os.open(entry.file, os.O_RDONLY)
             view = memoryview(data.numpy())  # type: ignore[arg-type]
             while view:
                 count = os.preadv(self._files[entry.file], [view], position)
@@ -75,6 +128,10 @@ class Reader:
                     raise WeightsError(f"{entry.file}: ends inside tensor '{entry.name}'; download the file again")
                 view, position = view[count:], position + count
         except OSError as error:
-            raise WeightsError(
-                f"{entry.file}: tensor '{entry.name}' cannot be read ({error.strerror}); check the disk and the file"
-            ) from error
+            raise _unreadable(entry, error) from error
+
+
+def _unreadable(entry: TensorEntry, error: OSError) -> WeightsError:
+    return WeightsError(
+        f"{entry.file}: tensor '{entry.name}' cannot be read ({error.strerror}); check the disk and the file"
+    )

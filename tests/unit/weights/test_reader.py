@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 
 from fsdp_qlora.errors import WeightsError
+from fsdp_qlora.weights import reader as reader_module
 from fsdp_qlora.weights.index import read_header
 from fsdp_qlora.weights.reader import Reader
 
@@ -42,12 +43,27 @@ def test_every_slice_is_the_tensors_own(path: Path) -> None:
         assert reader.bytes_read == expected_bytes
 
 
-def test_bytes_of_a_tensor(path: Path) -> None:
+def test_bytes_into_memory_that_is_there(path: Path) -> None:
     with Reader(read_header(path)) as reader:
         whole = TENSORS["b"].view(-1).view(torch.uint8)
-        assert reader.read_bytes("b", 3, 9).equal(whole[3:9])
-        assert reader.read_bytes("b", 3, 3).numel() == 0
+        memory = torch.zeros(10, dtype=torch.uint8)
+        reader.read_into(memory[2:8], "b", 3)
+        assert memory.equal(torch.cat((torch.zeros(2), whole[3:9], torch.zeros(2))).to(torch.uint8))
+        reader.read_into(memory[:0], "b", 3)
         assert reader.bytes_read == 6
+
+
+def test_threads_read_a_large_slice_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reader_module, "PIECE_BYTES", 1000)
+    value = torch.randint(0, 256, (12_345,), dtype=torch.uint8)
+    save_file({"a": value}, tmp_path / "x.safetensors")
+    with Reader(read_header(tmp_path / "x.safetensors")) as reader:
+        for start, stop in ((0, 12_345), (1, 12_344), (345, 2345), (700, 1701)):
+            assert reader.read("a", start, stop).equal(value[start:stop])
+    entries = read_header(tmp_path / "x.safetensors")
+    (tmp_path / "x.safetensors").write_bytes((tmp_path / "x.safetensors").read_bytes()[:-5])
+    with Reader(entries) as reader, pytest.raises(WeightsError, match="ends inside tensor 'a'"):
+        reader.read("a")
 
 
 def test_a_missing_tensor_is_named(path: Path) -> None:

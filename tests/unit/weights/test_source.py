@@ -188,10 +188,18 @@ def test_other_shapes_are_refused(tmp_path: Path, shape: tuple[int, ...]) -> Non
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
-def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
-    values = torch.zeros(100, dtype=torch.bfloat16)
-    reader = reader_of({NAME: values}, tmp_path)
-    require_finite(values, reader, NAME)
-    values[57] = value
-    with pytest.raises(WeightsError, match=rf"x\.safetensors: '{NAME}' holds NaN or infinite values"):
-        require_finite(values, reader, NAME)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_values_that_are_not_finite_are_refused(tmp_path: Path, value: float, dtype: torch.dtype) -> None:
+    for size in (1, 7, 100, 4099):
+        reader = reader_of({NAME: torch.randn(size).to(dtype)}, tmp_path)
+        require_finite(reader.read(NAME), reader, NAME)
+        for position in {0, size // 3, size - 1}:
+            values = reader.read(NAME)
+            values[position] = value
+            with pytest.raises(WeightsError, match=rf"x\.safetensors: '{NAME}' holds NaN or infinite values"):
+                require_finite(values, reader, NAME)
+
+
+def test_no_values_are_finite(tmp_path: Path) -> None:
+    reader = reader_of({NAME: torch.zeros(3)}, tmp_path)
+    require_finite(reader.read(NAME, 0, 0), reader, NAME)
