@@ -14,6 +14,7 @@ from pathlib import Path
 import torch.distributed as dist
 from torch._C._distributed_c10d import Store
 
+from fsdp_qlora.compile_workers import end_compile_workers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, process_group
 from fsdp_qlora.errors import FsdpQloraError, Interrupted, TrainingError, describe, report, show
@@ -102,6 +103,7 @@ def run_session(config: TrainConfig, train: Callable[[Session], bool]) -> None:
             report(error, config.debug)
             raise
         finally:
+            end_compile_workers()
             # leaving the group can hang where a rank is gone
             progress.limit_s = ENDING_S
             progress.beat("ending")
