@@ -8,11 +8,12 @@ measured matmul and copy rates.
 
 from __future__ import annotations
 
-import gc
+import multiprocessing
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
 from fsdp_qlora.build import BuiltModel, build_model
+from fsdp_qlora.compile_workers import end_compile_workers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, process_group
 from fsdp_qlora.optim import build_optimizer, clip_gradients
@@ -213,11 +215,30 @@ def _build(folder: Path, ranks: Ranks, rank: int, variant: str, blocks: int) -> 
     return build_model(folder, ranks, QuantSettings(), lora, torch.bfloat16, memory=memory, compiled=compiled)
 
 
-def _release() -> None:
-    torch._dynamo.reset()  # compiled code holds on to the last model
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats()
+@dataclass(frozen=True)
+class Shape:
+    """The model and batch that all variants share."""
+
+    folder: Path
+    config: LlamaConfig
+    rank: int
+    batch_size: int
+    context_length: int
+
+
+def run_variant(variant: str, shape: Shape, steps: int, profile: str | None) -> Timing:
+    """Measure one variant, in a process of its own, whose end frees all its memory."""
+    batch = Batch(shape.config.vocab_size, shape.batch_size, shape.context_length)
+    with process_group("full", 600) as ranks:
+        if variant == "peft":
+            step = peft_step(shape.folder, shape.rank, batch)
+        else:
+            step = our_step(_build(shape.folder, ranks, shape.rank, variant, shape.config.num_hidden_layers), batch)
+        timing = _measure(step, steps)
+        if profile is not None:
+            print(variant, {kind: round(value, 1) for kind, value in _profile(step, profile).items()}, flush=True)
+    end_compile_workers()
+    return timing
 
 
 def bench(
@@ -239,20 +260,16 @@ def bench(
     if not (target / "config.json").exists():
         random_checkpoint.make(shape, str(target), num_blocks)
     config = random_checkpoint.llama_config(shape, num_blocks)
-    rates = measured_rates()
     table = Table(title=f"{shape}, r {rank}, {batch_size} x {context_length}, {torch.cuda.get_device_name()}")
     for column in ("variant", "s/step", "tok/s", "of floor", "GiB", "first step s", "loss"):
         table.add_column(column)
     tokens = batch_size * context_length
-    batch = Batch(config.vocab_size, batch_size, context_length)
-    with process_group("full", 600) as ranks:
+    spawn = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
+        rates = pool.submit(measured_rates).result()
         for variant in variants.split(","):
-            _release()
-            if variant == "peft":
-                step = peft_step(target, rank, batch)
-            else:
-                step = our_step(_build(target, ranks, rank, variant, config.num_hidden_layers), batch)
-            timing = _measure(step, steps)
+            job = Shape(target, config, rank, batch_size, context_length)
+            timing = pool.submit(run_variant, variant, job, steps, profile).result()
             flops = flops_per_token(config, rank, context_length, 0.0 if "-keep" in variant else 1.0)
             floor = flops * tokens / rates["tflops"] / 1e12
             table.add_row(
@@ -264,9 +281,6 @@ def bench(
                 f"{timing.first:.0f}",
                 f"{timing.loss:.4f}",
             )
-            if profile is not None:
-                print(variant, {kind: round(value, 1) for kind, value in _profile(step, profile).items()})
-            del step
     Console(width=110).print(table)
     print(f"measured: bf16 matmul {rates['tflops']:.0f} TFLOP/s, host to device {rates['host_gbs']:.1f} GB/s")
 

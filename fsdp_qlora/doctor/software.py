@@ -26,7 +26,11 @@ DRIVER = Path("/proc/driver/nvidia/version")
 
 def packages() -> Finding:
     """Compare the installed versions with those this package asks for."""
-    wanted = [Requirement(text) for text in importlib.metadata.requires("fsdp-qlora") or []]
+    try:
+        wanted = [Requirement(text) for text in importlib.metadata.requires("fsdp-qlora") or []]
+    except importlib.metadata.PackageNotFoundError:
+        unknown = "fsdp-qlora runs from its source and is not installed, so nothing says which versions it needs"
+        return warning("packages", unknown, "install it with the set that was tested: scripts/setup.sh")
     wanted = [requirement for requirement in wanted if requirement.marker is None or requirement.marker.evaluate()]
     found, wrong = [f"Python {platform.python_version()}"], []
     for requirement in wanted:

@@ -28,6 +28,14 @@ def test_packages_are_compared_with_what_is_asked_for(monkeypatch: pytest.Monkey
     assert "peft" not in finding.found
 
 
+def test_a_source_folder_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(name: str) -> None:
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(importlib.metadata, "requires", fail)
+    assert software.packages().status == "warning"
+
+
 def test_bitsandbytes_is_tried_on_every_device(monkeypatch: pytest.MonkeyPatch) -> None:
     assert software.quantisation().status == "ok"
 
