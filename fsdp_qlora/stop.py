@@ -11,6 +11,9 @@ from types import TracebackType
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 
+END = b"\0"
+"""What ends the thread; no signal has the number 0."""
+
 REPEAT_S = 2.0
 """Signals this soon after the first are the same request: launchers forward what the terminal or scheduler has already
 sent to every process."""
@@ -55,8 +58,9 @@ class Stop:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         signal.set_wakeup_fd(self._wakeup_before)
-        os.close(self._writer)
+        os.write(self._writer, END)  # closing would not do while a forked child holds the pipe open
         self._thread.join()
+        os.close(self._writer)
         os.close(self._reader)
 
     def is_asked(self) -> bool:
@@ -69,8 +73,11 @@ class Stop:
 
     def _watch(self) -> None:
         first = 0.0
-        while numbers := os.read(self._reader, 64):
+        while True:
+            numbers = os.read(self._reader, 64)
             for number in numbers:
+                if number == END[0]:
+                    return
                 if number not in SIGNALS:
                     continue
                 name, now = signal.Signals(number).name, time.monotonic()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 
@@ -46,3 +48,13 @@ def test_signals_are_as_before_afterwards() -> None:
     with Stop(speaks=False):
         assert now() != before
     assert now() == before
+
+
+def test_a_forked_child_does_not_hold_up_the_end() -> None:
+    with Stop(speaks=False):
+        child = os.fork()
+        if child == 0:
+            time.sleep(60)
+            os._exit(0)
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
