@@ -18,11 +18,12 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import CheckpointError, ModelError
 from fsdp_qlora.files import FileRecord, write_new, write_tensors
+from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_record
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.quant.linear import LoRALinear
-from fsdp_qlora.quant.lora import pattern_value
+from fsdp_qlora.quant.lora import VOCABULARY, pattern_value, whole_modules
 
 PREFIX = "base_model.model."
 
@@ -30,7 +31,6 @@ STEP = "optimizer_step"
 """Where the file of the matrices says after which step they were saved."""
 
 UNSUPPORTED = (
-    "modules_to_save",
     "lora_bias",
     "alora_invocation_tokens",
     "layer_replication",
@@ -51,8 +51,8 @@ def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
 
 
 def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
-    """Return the LoRA matrices by PEFT's names, float32 on the CPU: lora_A [r, in], lora_B [out, r], and with DoRA
-    lora_magnitude_vector [out].
+    """Return what is trained by PEFT's names, float32 on the CPU: lora_A [r, in], lora_B [out, r], with DoRA
+    lora_magnitude_vector [out], and the modules_to_save.
 
     Raises:
         CheckpointError: a matrix has not its full shape, or holds NaN.
@@ -67,12 +67,19 @@ def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tenso
             value = full_tensor(parameter, ranks.device)
             suffix = "" if part == "lora_magnitude_vector" else ".weight"
             name = f"{PREFIX}{peft_layer(root.adapter_prefix, linear.name)}.{part}{suffix}"
-            shape = linear.adapter_shape(part)
-            if value.shape != shape or not bool(value.isfinite().all()):
-                raise CheckpointError(
-                    f"'{name}' has shape {list(value.shape)} (expected {list(shape)}) or is not finite"
-                )
-            yield name, value.contiguous()
+            yield name, _checked(name, value, linear.adapter_shape(part))
+    for layer, module in trained_vocabularies(root.model):
+        name = f"{PREFIX}{peft_layer(root.adapter_prefix, layer)}.weight"
+        value = full_tensor(module.weight, ranks.device)
+        yield name, _checked(name, value, (module.num_rows, value.shape[1]))
+        if root.tied:  # PEFT stores the matrix once for each module
+            yield f"{PREFIX}lm_head.weight", value
+
+
+def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if value.shape != shape or not bool(value.isfinite().all()):
+        raise CheckpointError(f"'{name}' has shape {list(value.shape)} (expected {list(shape)}) or is not finite")
+    return value.contiguous()
 
 
 def peft_layer(prefix: str, layer: str) -> str:
@@ -81,14 +88,19 @@ def peft_layer(prefix: str, layer: str) -> str:
     Args:
         prefix: the family's `adapter_prefix`.
     """
-    return prefix + layer.removeprefix("model.")
+    return prefix + layer.removeprefix("model.") if layer.startswith("model.") else layer
 
 
 def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict[str, Any]:
     """Return PEFT's LoraConfig for the adapter of a model as a dict."""
     linears = list(lora_linears(root))
     adapted = {linear.name for linear in linears if linear.lora_A is not None}
-    return layer_config(lora, base_model, root.adapter_prefix, adapted, [linear.name for linear in linears])
+    config = layer_config(lora, base_model, root.adapter_prefix, adapted, [linear.name for linear in linears])
+    whole = whole_modules(lora, root.tied)
+    if not whole:
+        return config
+    tying = {"ensure_weight_tying": True} if root.tied else {}
+    return {**config, "modules_to_save": [name.rpartition(".")[2] for name in whole], **tying}
 
 
 def layer_config(
@@ -215,6 +227,8 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
+    others = {name.rpartition(".")[2] for name in config.get("modules_to_save") or []} - VOCABULARY.keys()
+    unsupported += [f"modules_to_save {name}" for name in sorted(others)]
     if config.get("peft_type") != "LORA" or unsupported or rank < 1 or min([alpha, *alphas]) <= 0:
         raise CheckpointError(
             f"{folder}: only LoRA adapters with rank and alpha above 0 are read; this one uses"
@@ -224,7 +238,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
 
 
 def matrix_name(name: str) -> str:
-    """Return '<layer name>.<part>', with a part of ADAPTER_PARTS, for a tensor of an adapter file."""
+    """Return '<layer name>.<part>', with a part of ADAPTER_PARTS, for a tensor of an adapter file.
+
+    A module that was trained whole has no part: its name is in VOCABULARY's values.
+    """
     return name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight")
 
 
@@ -330,13 +347,15 @@ def _settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Lo
         use_dora=bool(config.get("use_dora")),
         rank_pattern=tuple((re.escape(layer), own) for layer, own in ranks.items() if own != rank),
         alpha_pattern=tuple((re.escape(layer), own) for layer, own in alphas.items() if own != alpha),
+        modules_to_save=tuple(sorted({name.rpartition(".")[2] for name in config.get("modules_to_save") or []})),
+        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
     )
 
 
 def check_layers(matrices: Mapping[str, Tensor], layers: Collection[str]) -> None:
     """Raise CheckpointError unless every matrix belongs to one of the layers, given by their names."""
     for name, value in matrices.items():
-        if name.rpartition(".")[0] not in layers:
+        if name not in VOCABULARY.values() and name.rpartition(".")[0] not in layers:
             raise CheckpointError(_misfit(name, tuple(value.shape), None))
 
 
@@ -347,11 +366,18 @@ def _misfit(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] 
     )
 
 
-def check_adapter(matrices: Mapping[str, Tensor], linears: Collection[LoRALinear]) -> None:
-    """Raise CheckpointError unless the matrices are exactly those of the layers, with their shapes."""
+def check_adapter(
+    matrices: Mapping[str, Tensor], linears: Collection[LoRALinear], whole: Mapping[str, tuple[int, ...]]
+) -> None:
+    """Raise CheckpointError unless the matrices are exactly those of the layers, with their shapes.
+
+    Args:
+        whole: shapes of the modules that are trained whole, by name.
+    """
     expected = {
         f"{linear.name}.{part}": linear.adapter_shape(part) for linear in linears for part, _ in linear.adapter()
     }
+    expected |= whole
     found = {name: tuple(value.shape) for name, value in matrices.items()}
     for name in sorted(set(expected) | set(found)):
         if expected.get(name) != found.get(name):

@@ -30,6 +30,7 @@ from fsdp_qlora.quant.adapt import (
 )
 from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.linear import LoRALinear
+from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_index
 from fsdp_qlora.weights.loader import Loader, LoadReport, check_tensors, reads_base
@@ -116,6 +117,10 @@ def build_model(
         reader = Reader(model_names(read_index(folder), skeleton.family))
         check_complete(reader.tensors, tensor_names(skeleton), skeleton.tied)
         layers = [name for name, _ in block_linears(skeleton)]
+        modules = {name: skeleton.model.get_submodule(name) for name in whole_modules(lora, skeleton.tied)}
+        whole = {name: tuple(module.weight.shape) for name, module in modules.items()}
+        if adapter is not None and skeleton.tied:  # PEFT stores the one matrix a second time
+            adapter = {name: value for name, value in adapter.items() if name != VOCABULARY["lm_head"]}
         if adapter is not None:
             check_layers(adapter, layers)
         quant = detect_quantization(reader, [name + ".weight" for name in layers], quant).held(dtype)
@@ -132,7 +137,7 @@ def build_model(
         if reads_base(ranks, broadcast):
             check_tensors(reader, parallelized.root, parallelized.names)
         if adapter is not None:
-            check_adapter(adapter, list(lora_linears(parallelized.root)))
+            check_adapter(adapter, list(lora_linears(parallelized.root)), whole)
     with agree_on_errors(ranks, "reserving CPU memory"):
         allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:

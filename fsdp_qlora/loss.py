@@ -1,11 +1,12 @@
-"""Cross-entropy over a frozen head, in chunks: full logits never exist and backward needs no head.
+"""Cross-entropy over the head, in chunks: full logits never exist and backward needs no head.
 
-The head is frozen, so the only gradient is that of the hidden states. Each chunk's logits are made once, in forward, which
-yields both its loss and its input gradient; backward only scales the latter.
+Each chunk's logits are made once, in forward, which yields its loss, the gradient of its hidden states and, where the head
+is trained, its share of the head's gradient; backward only scales them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -23,32 +24,47 @@ IGNORE = -100
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Sum of the token losses; differentiable in the hidden states only."""
+    """Sum of the token losses; differentiable in the hidden states, and in the rows that the head was gathered from."""
 
     @staticmethod
-    def forward(ctx: Any, hidden_TD: Tensor, head_VD: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
-        rows = _chunk_rows(head_VD)
+    def forward(
+        ctx: Any,
+        hidden_TD: Tensor,
+        head_VD: Tensor,
+        labels_T: Tensor,
+        softcap: float | None,
+        rows: Tensor | None,
+        reduce: Callable[[Tensor], Tensor] | None,
+    ) -> Tensor:
+        size = _chunk_rows(head_VD)
         total = torch.zeros((), dtype=torch.float32, device=hidden_TD.device)
         needs_grad = ctx.needs_input_grad[0]
         grad_TD = torch.empty_like(hidden_TD) if needs_grad else None
-        for start in range(0, hidden_TD.shape[0], rows):
-            chunk, labels = hidden_TD[start : start + rows], labels_T[start : start + rows]
+        grad_VD = torch.zeros_like(head_VD, dtype=torch.float32) if needs_grad and rows is not None else None
+        for start in range(0, hidden_TD.shape[0], size):
+            chunk, labels = hidden_TD[start : start + size], labels_T[start : start + size]
             loss, grad = _cross_entropy(F.linear(chunk, head_VD), labels, softcap, needs_grad)
             total += loss
             if grad_TD is not None:
-                grad_TD[start : start + rows] = grad @ head_VD
-        ctx.save_for_backward(*([grad_TD] if grad_TD is not None else []))
+                grad_TD[start : start + size] = grad @ head_VD
+            if grad_VD is not None:
+                grad_VD += grad.t() @ chunk
+        ctx.save_for_backward(*(grad for grad in (grad_TD, grad_VD) if grad is not None))
+        ctx.reduce = reduce
         return total
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (grad_TD,) = ctx.saved_tensors
+        grad_TD, *of_head = ctx.saved_tensors
         scaled = torch.empty_like(grad_TD)
         # in float32, as rounding the factor to bf16 would change all gradients by up to 0.2 %; in runs, to save memory
         for start in range(0, grad_TD.shape[0], SCALED_ROWS):
             rows = slice(start, start + SCALED_ROWS)
             scaled[rows] = grad_TD[rows].float() * grads[0].float()
-        return scaled, None, None, None
+        of_rows = (
+            ctx.reduce(of_head[0].mul_(grads[0])) if of_head else None
+        )  # in place: it is the largest tensor of a step
+        return scaled, None, None, None, of_rows, None
 
 
 def _chunk_rows(head_VD: Tensor) -> int:
@@ -85,17 +101,28 @@ def cross_entropy_reference(
     return loss, grad.to(logits_TV.dtype)
 
 
-def chunked_cross_entropy(hidden: Tensor, head: Tensor, labels: Tensor, softcap: float | None = None) -> Tensor:
+def chunked_cross_entropy(
+    hidden: Tensor,
+    head: Tensor,
+    labels: Tensor,
+    softcap: float | None = None,
+    rows: Tensor | None = None,
+    reduce: Callable[[Tensor], Tensor] | None = None,
+) -> Tensor:
     """Return the sum of the cross-entropies of all targets, float32 scalar.
 
     Args:
         hidden: [..., D] final hidden states.
-        head: [V, D] frozen weight of the head.
+        head: [V, D] weight of the head, which gets no gradient itself.
         labels: int64 [...], the token predicted from each position; IGNORE where there is none.
         softcap: logits are replaced by softcap * tanh(logits / softcap) (Gemma 2).
+        rows: what the head was gathered from, if it is trained.
+        reduce: turns the gradient of the head, float32 [V, D], into that of the rows; called in backward.
     """
     flat = hidden.reshape(-1, hidden.shape[-1])
-    loss: Tensor = ChunkedCrossEntropy.apply(flat, head, labels.reshape(-1), softcap)  # type: ignore[no-untyped-call]
+    loss: Tensor = ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
+        flat, head, labels.reshape(-1), softcap, rows, reduce
+    )
     return loss
 
 

@@ -23,6 +23,7 @@ from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers, quantize_and_adapt
 from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear
+from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
 from fsdp_qlora.weight_stream import WeightStream
 
 
@@ -32,7 +33,7 @@ class LossModel(nn.Module):
     def __init__(self, skeleton: Skeleton) -> None:
         super().__init__()
         self.model = skeleton.model
-        self.vocabulary = skeleton.vocabulary
+        self.vocabulary, self.tied = skeleton.vocabulary, skeleton.tied
         self.softcap, self.logit_scale = skeleton.logit_softcap, skeleton.logit_scale
         self.adapter_prefix = skeleton.family.adapter_prefix
         self.balance: RouterBalance | None = None
@@ -72,7 +73,11 @@ class LossModel(nn.Module):
         if self.logit_scale != 1.0:  # smaller than the logits, and as good a place: the head is linear
             targets = targets * self.logit_scale
         head = self._head()
-        result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap)}
+        trained = (
+            self.vocabulary if isinstance(self.vocabulary, ShardedVocabulary) and self.vocabulary.is_trained else None
+        )
+        rows, reduce = (trained.rows, trained.gathered_gradient) if trained is not None else (None, None)
+        result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap, rows, reduce)}
         if balance is not None:
             result["loss"] = balance.add_to(result["loss"])
         if not torch.is_grad_enabled():
@@ -169,15 +174,16 @@ def parallelize(
         shard: hand the parameters to FSDP; without, the model is a plain one (for generation in one process).
 
     Raises:
-        ModelError: a LoRA target that matches nothing.
+        ModelError: a LoRA target that matches nothing, or modules_to_save that cannot be trained.
         ConfigError: a quant_storage that FSDP would corrupt.
     """
     quantize_and_adapt(skeleton, quant, lora, dtype)
+    whole = whole_modules(lora, skeleton.tied)
     if not shard:
         names = {module: name for name, module in skeleton.model.named_modules()}
         root = LossModel(skeleton)
         return Parallelized(root, [skeleton.embedding, *skeleton.blocks, root], names)
-    _shard_vocabulary(skeleton, ranks)
+    _shard_vocabulary(skeleton, ranks, whole)
     names = {module: name for name, module in skeleton.model.named_modules()}
     blocks = skeleton.blocks
     store = HiddenStore(memory.offload_activations)
@@ -206,18 +212,23 @@ def parallelize(
     return Parallelized(root, units, names, offloaded)
 
 
-def _shard_vocabulary(skeleton: Skeleton, ranks: Ranks) -> None:
-    """Replace embedding and head by row-sharded ones, one for both where they are tied."""
-    embedding = skeleton.embedding
-    scale = getattr(embedding, "embed_scale", None)
+def _shard_vocabulary(skeleton: Skeleton, ranks: Ranks, trained: tuple[str, ...]) -> None:
+    """Replace embedding and head by row-sharded ones, one for both where they are tied.
 
-    def sharded(weight: Tensor, scale: Tensor | None = None) -> ShardedVocabulary:
+    Args:
+        trained: names of those that are trained.
+    """
+    embedding, head = skeleton.embedding, skeleton.model.lm_head
+
+    def sharded(name: str, weight: Tensor, **settings: Any) -> ShardedVocabulary:
         num_rows, width = weight.shape
-        return ShardedVocabulary(num_rows, width, weight.dtype, ranks.shard, ranks.shard_group, ranks.device, scale)
+        is_trained = VOCABULARY[name] in trained
+        return ShardedVocabulary(num_rows, width, weight.dtype, ranks, trained=is_trained, **settings)
 
     assert isinstance(embedding.weight, Tensor)
-    skeleton.model.model.embed_tokens = sharded(embedding.weight, scale)
-    skeleton.model.lm_head = nn.Identity() if skeleton.tied else sharded(skeleton.model.lm_head.weight)
+    settings = {name: getattr(embedding, name, None) for name in ("embed_scale", "padding_idx")}
+    skeleton.model.model.embed_tokens = sharded("embed_tokens", embedding.weight, **settings)
+    skeleton.model.lm_head = nn.Identity() if skeleton.tied else sharded("lm_head", head.weight)
 
 
 def _fully_shard(

@@ -26,6 +26,7 @@ from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.config.lora import METHOD_SETTINGS
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, shard_rows
 from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import lora_linears
 from fsdp_qlora.settings import show
@@ -50,7 +51,7 @@ class Checkpoint:
     manifest: Manifest
 
     def adapter(self) -> dict[str, Tensor]:
-        """Return the LoRA matrices, as the loader of weights takes them."""
+        """Return the trained matrices, as the loader of weights takes them."""
         return read_adapter(self.folder / "adapter")[1]
 
 
@@ -60,10 +61,12 @@ def rank_file(rank: int) -> str:
 
 
 def trainable(root: LossModel) -> Iterator[tuple[str, nn.Parameter]]:
-    """Yield name and parameter of every LoRA matrix, in the same order on every rank."""
+    """Yield name and parameter of all that is trained, in the same order on every rank."""
     for linear in lora_linears(root):
         for part, parameter in linear.adapter():
             yield f"{linear.name}.{part}", parameter
+    for name, module in trained_vocabularies(root.model):
+        yield name, module.weight
 
 
 def local(value: Tensor) -> Tensor:
@@ -188,7 +191,7 @@ def restore(
     ranks: Ranks,
     say: Say,
 ) -> None:
-    """Put the checkpoint's optimizer state and random numbers in place; the LoRA matrices were loaded with the model.
+    """Put the checkpoint's optimizer state and random numbers in place; the matrices were loaded with the model.
 
     Raises:
         CheckpointError, on every rank: it is of another base, or holds other matrices.

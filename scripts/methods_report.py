@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from fsdp_qlora.distributed import process_group
-from tests.parity.methods import METHODS, TOKENS, Differences, measure
+from tests.parity.methods import FAMILIES, METHODS, TOKENS, Differences, measure
 from tests.tiny import save_tiny
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "methods.md"
@@ -35,6 +35,7 @@ adapter, goes on from one (`--adapter`), resumes, and is merged by `fsdp-qlora m
 | adapt some layers only | `--lora_target_modules q_proj,v_proj`, or a regular expression for whole names |
 | adapt some blocks only | `--layers_to_transform 0-15` |
 | give layers other ranks or alphas | `--rank_pattern q_proj=8,down_proj=32`, `--alpha_pattern ...` |
+| train the embedding, the head or both whole | `--modules_to_save embed_tokens,lm_head`, see below |
 | go on from an adapter, ours or PEFT's | `--adapter runs/first` (its config decides rank, alpha and targets) |
 | not quantise the base, but shard and offload it all the same | `--quant_type none` |
 | begin with the largest singular directions (PiSSA) | `fsdp-qlora initialize`, see below |
@@ -51,6 +52,22 @@ W + s B A, a constant for the gradient as in PEFT. The length is computed from t
 without making B A, and nothing dequantised is kept. A layer keeps its output for backward besides; the planner counts it.
 Each matrix is dequantised once more in a forward, and the product that plain LoRA leaves out of the second run of a
 checkpointed block is made: the gradient of m needs it.
+
+## Embedding and head
+
+`--modules_to_save embed_tokens,lm_head` trains both in full beside LoRA, for new tokens or another language. They lie
+sharded by rows over the ranks, in float32 with gradient and AdamW's two moments: 16 bytes for each weight, divided by
+the ranks, so 8.4 GB each for embedding and head of a Llama-8B. The head is gathered once a micro-batch in the dtype of the
+computation, and its whole float32 gradient is on every GPU from the loss to the beginning of backward. `--weight_decay` and
+the clipped norm count them like all that is trained; LoRA+'s ratio is not for them.
+
+PEFT's format and meaning, and what differs:
+- PEFT leaves such modules in the dtype of the model. Here they are float32, in training and in the adapter, because AdamW's
+  small steps get lost in bf16.
+- Where the head is the embedding (`tie_word_embeddings`), it stays so: name `embed_tokens` for the one matrix, as PEFT does
+  with `ensure_weight_tying`, which the adapter's config then has. PEFT's default unties the two; such adapters are refused,
+  and so is `lm_head` alone.
+- As in transformers, looking up the padding token gives its row no gradient, even if it is also the end token (SmolLM2).
 
 ## PiSSA and LoftQ
 
@@ -79,8 +96,10 @@ def main(argv: Sequence[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     rows = []
     with tempfile.TemporaryDirectory() as folder, process_group("full", timeout_s=600, device="cpu") as ranks:
-        base = save_tiny("llama", Path(folder) / "base")
+        families = {"llama", *FAMILIES.values()}
+        bases = {family: save_tiny(family, Path(folder) / family) for family in families}
         for number, (title, lora) in enumerate(METHODS.items()):
+            base = bases[FAMILIES.get(title, "llama")]
             rows.append(row(title, measure(base, lora, ranks, Path(folder) / str(number))))
     text = page(rows)
     print(text)

@@ -34,6 +34,7 @@ from fsdp_qlora.plan.choice import (
 from fsdp_qlora.plan.model_shape import ModelShape, model_shape
 from fsdp_qlora.plan.planner import Estimate, Run
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.quant.lora import parse_modules
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) 
     again = memory.checkpoint_blocks / count
     per_token = sum(block.num_weights for block in shape.blocks) * (4 + 2 * again)
     per_token += sum(block.lora for block in shape.blocks) / 4 * (6 + 2 * again)
-    per_token += 4 * shape.vocabulary_rows * shape.widths.hidden
+    per_token += (6 if shape.trained[1] else 4) * shape.vocabulary_rows * shape.widths.hidden
     per_token += 2 * count * run.context_length * shape.widths.query * (3.5 + again)
     offloaded = itertools.compress(shape.blocks, spread(memory.offload_blocks, count))
     fetched = 2.0 * sum(block.packed_part + memory.offload_lora * block.lora_part for block in offloaded)
@@ -108,14 +109,16 @@ def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) 
         fetched += shape.head_bytes / shape.num_shards
     if memory.offload_activations:
         fetched += 2 * memory.checkpoint_blocks * tokens * shape.widths.hidden * shape.itemsize
-    gathered = 2 * sum(block.gathered for block in shape.blocks) + sum(block.lora for block in shape.blocks)
+    lora = sum(block.lora for block in shape.blocks)
+    head = shape.head_bytes + (4 * shape.vocabulary_rows * shape.widths.hidden if shape.trained[1] else 0)
+    gathered = 2 * sum(block.gathered for block in shape.blocks) + lora + head
     others = (shape.num_shards - 1) / shape.num_shards
     spans_nodes = shape.num_shards > run.local_ranks
-    crossing = gathered + shape.head_bytes if spans_nodes else 2 * sum(block.lora for block in shape.blocks)
+    crossing = gathered if spans_nodes else 2 * (lora + shape.trained_rows[1])
     return StepTime(
         compute=tokens * per_token / (rates.tflops * 1e12),
         host=fetched / (rates.host_bandwidth * 1e9),
-        links=others * (gathered + shape.head_bytes) / (rates.link_bandwidth * 1e9),
+        links=others * gathered / (rates.link_bandwidth * 1e9),
         nodes=(num_nodes - 1) / num_nodes * crossing / (rates.node_bandwidth * 1e9),
         overlapped=shape.num_shards > 1 or num_nodes > 1,
     )
@@ -175,7 +178,12 @@ def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, 
 def _shape(config: PlanConfig, folder: Path, sharding: str) -> ModelShape:
     num_shards = {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
     quant = QuantSettings(double_quant=config.double_quant, num_shards=num_shards)
-    lora = LoraSettings(config.lora_rank, float(config.lora_rank), 0.0, config.lora_target_modules)
+    lora = LoraSettings(
+        config.lora_rank,
+        float(config.lora_rank),
+        target_modules=config.lora_target_modules,
+        modules_to_save=parse_modules(config.modules_to_save) if config.modules_to_save is not None else (),
+    )
     return model_shape(folder, quant, lora, compute_dtype(config.precision, torch.device("cuda")))
 
 

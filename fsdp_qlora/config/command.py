@@ -139,6 +139,9 @@ class PlanConfig:
     lora_target_modules: str = "all-linear"
     """'all-linear' (every linear layer of the decoder blocks) or comma-separated names such as q_proj,v_proj."""
 
+    modules_to_save: str | None = None
+    """Modules trained whole beside LoRA, as for train: embed_tokens, lm_head, or both with a comma between."""
+
     double_quant: bool = True
     """Quantise the block scales too; a checkpoint that is already quantised keeps its own form."""
 

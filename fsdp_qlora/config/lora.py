@@ -6,7 +6,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any, Literal
 
-from fsdp_qlora.quant.lora import ALL_LINEAR, LoraSettings, is_names, is_targets, parse_layers, parse_patterns
+from fsdp_qlora.quant.lora import (
+    ALL_LINEAR,
+    LoraSettings,
+    is_names,
+    is_targets,
+    parse_layers,
+    parse_modules,
+    parse_patterns,
+)
 from fsdp_qlora.settings import Check, Rule
 
 
@@ -52,6 +60,10 @@ class MethodSettings(LoraShape):
 
     use_dora: bool = False
     """DoRA: train the lengths of the rows of each matrix apart from their directions. Slower, and keeps more activations."""
+
+    modules_to_save: str | None = None
+    """Modules trained whole beside LoRA and saved with it: embed_tokens, lm_head, or both with a comma between; default:
+    none. Held in float32, with gradient and optimizer state, sharded over the ranks."""
 
     loraplus_lr_ratio: float = 1.0
     """LoRA+: learning rate of lora_B (and DoRA's lengths), as a multiple of --lr; 1: the same for all."""
@@ -116,6 +128,7 @@ DECIDED_BY_ADAPTER = (
     "layers_to_transform",
     "rank_pattern",
     "alpha_pattern",
+    "modules_to_save",
 )
 """Settings that must be left out beside --adapter."""
 
@@ -136,7 +149,13 @@ def lora_settings(config: LoraShape) -> LoraSettings:
     )
     if not isinstance(config, MethodSettings):
         return shape
-    return replace(shape, dropout=config.lora_dropout, init=config.lora_init, use_dora=config.use_dora)
+    return replace(
+        shape,
+        dropout=config.lora_dropout,
+        init=config.lora_init,
+        use_dora=config.use_dora,
+        modules_to_save=parse_modules(config.modules_to_save) if config.modules_to_save is not None else (),
+    )
 
 
 def _parses(parse: Callable[[str], Any]) -> Callable[[str], bool]:
@@ -170,6 +189,7 @@ METHOD_RULES: dict[str, Rule] = {
         lambda value: _parses(parse_patterns)(value) and all(alpha > 0 for _, alpha in parse_patterns(value)),
         "pattern=alpha pairs separated by commas, such as q_proj=8,down_proj=32, with values above 0",
     ),
+    "modules_to_save": Rule(_parses(parse_modules), "embed_tokens, lm_head, or both separated by a comma"),
     "iterations": Rule(lambda value: value >= 0, "at least 0"),
     "loraplus_lr_ratio": Rule(lambda value: value > 0, "above 0"),
 }

@@ -127,6 +127,8 @@ def stream_adapter(folder: Path, source: Source) -> Iterator[Adapter]:
         CheckpointError: it is unreadable, of a kind that is not merged, or belongs to another base.
     """
     config = read_adapter_config(folder)
+    if config.get("modules_to_save"):
+        raise CheckpointError(f"{folder}: adapters with modules_to_save are not merged; use PEFT's merge_and_unload")
     try:
         tensors = read_header(folder / WEIGHTS_FILE)
     except WeightsError as error:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers, quantize_and_adapt
 from fsdp_qlora.quant.experts import ExpertStack
+from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class ModelShape:
         itemsize: bytes of the compute dtype.
         softcapped: whether logits, and whether attention scores, are soft-capped.
         max_positions: the model's longest context.
+        trained: whether the embedding, and whether the head, is trained whole; a tied one is both.
     """
 
     num_shards: int
@@ -78,6 +80,7 @@ class ModelShape:
     itemsize: int
     softcapped: tuple[bool, bool]
     max_positions: int
+    trained: tuple[bool, bool] = (False, False)
 
     @property
     def head_bytes(self) -> int:
@@ -85,9 +88,17 @@ class ModelShape:
 
     @property
     def vocabulary_part(self) -> int:
-        """Bytes of this rank's rows of embedding and head."""
-        rows = self.vocabulary_part_rows * (1 if self.tied else 2)
-        return rows * self.widths.hidden * self.itemsize
+        """Bytes of this rank's rows of embedding and head; trained ones are float32."""
+        itemsizes = [4 if trained else self.itemsize for trained in (self.trained[:1] if self.tied else self.trained)]
+        return self.vocabulary_part_rows * self.widths.hidden * sum(itemsizes)
+
+    @property
+    def trained_rows(self) -> tuple[int, int]:
+        """Float32 bytes of the trained ones of embedding and head, whole and this rank's rows."""
+        matrices = self.trained[0] if self.tied else sum(self.trained)
+        both = self.vocabulary_rows, self.vocabulary_part_rows
+        whole, part = (4 * matrices * rows * self.widths.hidden for rows in both)
+        return whole, part
 
     @functools.cached_property
     def gathered(self) -> int:
@@ -104,13 +115,15 @@ def model_shape(
         shard: whose part; the first is never smaller than the others.
 
     Raises:
-        ModelError: unsupported model, or a LoRA target that matches nothing.
+        ModelError: unsupported model, a LoRA target that matches nothing, or modules_to_save that cannot be trained.
     """
     stored = getattr(read_config(folder)[0], "quantization_config", None)
     if isinstance(stored, dict):
         quant = replace(quant, double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)))
     skeleton = build_skeleton(folder, dtype)
     quantize_and_adapt(skeleton, quant, lora, dtype)
+    whole = whole_modules(lora, skeleton.tied)
+    embedding_is_trained, head_is_trained = (VOCABULARY[name] in whole for name in ("embed_tokens", "lm_head"))
     config = skeleton.config
     block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
     layouts = [layer.layout for layer in packed_layers(block)]
@@ -137,6 +150,7 @@ def model_shape(
         itemsize=dtype.itemsize,
         softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
         max_positions=config.max_position_embeddings,
+        trained=(embedding_is_trained, embedding_is_trained if skeleton.tied else head_is_trained),
     )
 
 

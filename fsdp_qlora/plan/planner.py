@@ -58,11 +58,17 @@ LOGITS = 2
 SCORE_BYTES = 4, 3
 """Per score of soft-capped attention, which keeps them all: bytes in float32, and tensors in the compute dtype."""
 
+PADDED_GRADIENTS = 2
+"""Copies of a trained head's gradient: as summed over the chunks, and padded to equal parts for the ranks."""
+
 GATHER_BUFFERS = 2
 """Block-sized buffers of FSDP's gather stream (current and prefetched block), never free for other tensors."""
 
 STREAM_BUFFERS = 2
 """Buffers of a WeightStream, each for the 4-bit weights of a block."""
+
+COMPLETE = ("backward of the first block", "backward of the embedding", "optimizer")
+"""Phases in which the gradients of the other blocks are there, though no earlier micro-batch left any."""
 
 UNSHARDED_GRADIENTS = 2
 """Copies of one block's LoRA gradients: as computed, and as reduce-scatter's input."""
@@ -134,7 +140,7 @@ def estimate(shape: ModelShape, run: Run) -> Estimate:
     resting, gradients = _resting(shape, run)
     phases = {}
     for phase, transient in _phases(shape, run).items():
-        complete = run.accumulates or phase in ("backward of the first block", "optimizer")
+        complete = run.accumulates or phase in COMPLETE
         transient["gradients"] = transient.get("gradients", 0) + (gradients if complete else 0)
         slack = SLACK * sum(transient.values())
         alive = {**resting, **transient, "allocator slack": slack, "CUDA context": CONTEXT_BYTES}
@@ -153,19 +159,20 @@ def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
         for block, away in zip(shape.blocks, offloaded, strict=True)
         if not (away and memory.offload_lora)
     )
+    trained = lora + (0 if memory.offload_vocabulary else shape.trained_rows[1])
     resident = itertools.compress(shape.blocks, [not away for away in offloaded])
     frozen = sum(block.frozen_part for block in shape.blocks) + 2 * shape.norm_part
     resting: dict[str, float] = {
         "4-bit weights": sum(block.packed_part for block in resident) + frozen,
         "embedding and head": 0 if memory.offload_vocabulary else shape.vocabulary_part,
         "LoRA": lora,
-        "optimizer state": 2 * lora,
+        "optimizer state": 2 * trained,
     }
     if shape.num_shards > 1:
         resting["gathered blocks"] = GATHER_BUFFERS * shape.gathered
     elif _offloads_blocks(shape, memory, checkpointed=True):
         resting["streamed blocks"] = STREAM_BUFFERS * max(block.packed for block in shape.blocks)
-    return resting, lora
+    return resting, trained
 
 
 def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
@@ -185,13 +192,19 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     final = replace(widths, norm=widths.hidden)
     loss_forward, loss_backward = (way.bytes_per_token(final, itemsize) for way in (LOSS_FORWARD, LOSS_BACKWARD))
     exchanged = 2 * shape.num_shards if shape.num_shards > 1 else 1
+    trains_embedding, trains_head = shape.trained
+    head_gradient = 4 * shape.vocabulary_rows * widths.hidden if trains_head else 0
+    # every rank's gradients of the looked-up rows, also in float32, and those of this rank's rows
+    rows = (1 + 4 / itemsize) * shape.num_shards * hidden + 4 * shape.vocabulary_part_rows * widths.hidden
+    of_embedding = {"backward of the embedding": {"activations": rows}} if trains_embedding else {}
     return {
         "embedding": {"activations": exchanged * hidden},
         "forward": {**kept, **running, "activations": tokens * FORWARD.bytes_per_token(widths, itemsize)},
         "loss": {**kept, "activations": tokens * loss_forward, **_loss(shape, run)},
-        "loss backward": {**kept, "activations": tokens * loss_backward},
+        "loss backward": {**kept, "activations": tokens * loss_backward, "gradients": PADDED_GRADIENTS * head_gradient},
         "backward of the last block": {**kept, **backward},
         "backward of the first block": {**first, **backward},
+        **of_embedding,
         "optimizer": {},
     }
 
@@ -229,11 +242,14 @@ def _saved(shape: ModelShape, run: Run) -> float:
 
 
 def _loss(shape: ModelShape, run: Run) -> dict[str, float]:
-    """Return the bytes of the gathered head, and of the logits or, earlier and if larger, of its part from the host."""
-    gathers = shape.num_shards > 1 or run.memory.offload_vocabulary
+    """Return the bytes of the gathered head, of its gradient with a chunk's share of it, and of the logits or, earlier and
+    if larger, of the head's part from the host."""
+    trained = shape.trained[1]
+    gathers = shape.num_shards > 1 or run.memory.offload_vocabulary or (trained and shape.itemsize < 4)
     logits = LOGITS * min(loss.CHUNK_BYTES, shape.itemsize * shape.vocabulary_rows * run.tokens)
     arriving = shape.head_bytes / shape.num_shards if shape.num_shards > 1 and run.memory.offload_vocabulary else 0
-    return {"gathered head": shape.head_bytes if gathers else 0, "logits": max(logits, arriving)}
+    gradient = (1 + 4 / shape.itemsize) * shape.head_bytes if trained else 0
+    return {"gathered head": shape.head_bytes if gathers else 0, "gradients": gradient, "logits": max(logits, arriving)}
 
 
 def _host(shape: ModelShape, run: Run) -> dict[str, int]:
@@ -241,13 +257,15 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
     offloaded = list(itertools.compress(shape.blocks, spread(memory.offload_blocks, len(shape.blocks))))
     lora = sum(block.lora_part for block in offloaded) if memory.offload_lora else 0
     hidden = run.tokens * shape.widths.hidden * shape.itemsize
-    trained, trained_part = (sum(parts) for parts in zip(*((b.lora, b.lora_part) for b in shape.blocks), strict=True))
+    matrices = [(block.lora, block.lora_part) for block in shape.blocks]
+    trained, trained_part = (sum(parts) for parts in zip(*matrices, shape.trained_rows, strict=True))
+    lora_and_rows = lora + (shape.trained_rows[1] if memory.offload_vocabulary else 0)
     sizes = {
         "4-bit weights": ranks * sum(block.packed_part for block in offloaded),
         "embedding and head": ranks * shape.vocabulary_part if memory.offload_vocabulary else 0,
         "LoRA": ranks * lora,
-        "gradients": ranks * lora,
-        "optimizer state": ranks * 2 * lora,
+        "gradients": ranks * lora_and_rows,
+        "optimizer state": ranks * 2 * lora_and_rows,
         "kept hidden states": ranks * memory.checkpoint_blocks * hidden if memory.offload_activations else 0,
         # copies of the adapter, on one rank, and of AdamW's two moments, which a thread writes while training goes on
         "checkpoint being saved": trained + ranks * 2 * trained_part,

@@ -11,6 +11,9 @@ from fsdp_qlora.errors import ModelError
 
 ALL_LINEAR = "all-linear"
 
+VOCABULARY = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
+"""What modules_to_save may hold, with the names in transformers' model."""
+
 _NAMES = re.compile(r"\s*[\w.-]+\s*(,\s*[\w.-]+\s*)*")
 _LAYERS = re.compile(r"\s*\d+(-\d+)?\s*(,\s*\d+(-\d+)?\s*)*")
 _PAIRS = re.compile(r"\s*(?P<pattern>\S+?)\s*=\s*(?P<value>\d+(?:\.\d+)?)\s*(?:,|$)")
@@ -30,6 +33,9 @@ class LoraSettings:
         layers: the decoder blocks that get LoRA, counted from 0; None for all.
         rank_pattern, alpha_pattern: pairs of a pattern and a value; the first pattern that matches a layer's name, or the
             end of it behind a dot, decides.
+        modules_to_save: of VOCABULARY, what is trained whole beside LoRA.
+        ensure_weight_tying: whether a head that is the embedding stays so when it is trained; always, but for adapters
+            that PEFT trained otherwise.
     """
 
     rank: int
@@ -42,6 +48,8 @@ class LoraSettings:
     layers: tuple[int, ...] | None = None
     rank_pattern: tuple[tuple[str, float], ...] = ()
     alpha_pattern: tuple[tuple[str, float], ...] = ()
+    modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = True
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a layer."""
@@ -55,6 +63,41 @@ class LoraSettings:
         """Return the factor of a layer's update B A."""
         rank = self.rank_of(name)
         return self.alpha_of(name) / (math.sqrt(rank) if self.use_rslora else rank)
+
+
+def whole_modules(lora: LoraSettings | None, tied: bool) -> tuple[str, ...]:
+    """Return the names in transformers' model of what is trained whole; a tied head is in the embedding's.
+
+    Args:
+        tied: whether the model's head is its embedding.
+
+    Raises:
+        ModelError: what PEFT would untie, so that the result would be no model of this kind.
+    """
+    if lora is None or not lora.modules_to_save:
+        return ()
+    if not tied:
+        return tuple(VOCABULARY[name] for name in lora.modules_to_save)
+    if "embed_tokens" not in lora.modules_to_save:
+        raise ModelError(
+            "modules_to_save lm_head: the head of this model is its embedding (tie_word_embeddings in config.json); use"
+            " embed_tokens, which trains both as the one matrix they are"
+        )
+    if not lora.ensure_weight_tying:
+        raise ModelError(
+            "modules_to_save embed_tokens: the adapter has its own embedding beside the old head (PEFT without"
+            " ensure_weight_tying), and this model has one matrix for both (tie_word_embeddings in config.json); train the"
+            " adapter with ensure_weight_tying"
+        )
+    return (VOCABULARY["embed_tokens"],)
+
+
+def parse_modules(text: str) -> tuple[str, ...]:
+    """Return the modules that a text such as 'embed_tokens,lm_head' names; ValueError for others than VOCABULARY's."""
+    names = {name.strip() for name in text.split(",")}
+    if not names <= VOCABULARY.keys():
+        raise ValueError(f"{text!r} names other modules than {', '.join(VOCABULARY)}")
+    return tuple(sorted(names))
 
 
 def pattern_value(pairs: Sequence[tuple[str, float]], name: str, default: float) -> float:

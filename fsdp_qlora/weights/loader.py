@@ -93,7 +93,8 @@ class Loader:
         names: name in the model of each module that owns parameters.
         allocate: returns the CPU or device memory that a module's parameter is to live in: (module, name, shape, dtype).
         seed: seed of LoRA's initial values, the same at every world size.
-        adapter: values of the LoRA matrices by '<layer name>.lora_A' / '.lora_B', instead of initial ones.
+        adapter: values of the LoRA matrices by '<layer name>.lora_A' / '.lora_B', instead of initial ones, and of
+            modules that were trained whole by their names.
         init: kind of initial values, as `initial_lora_A` takes it.
         broadcast: read only one copy of the base and send it to the others.
     """
@@ -154,6 +155,8 @@ class Loader:
         target = self.allocate(module, name, local_shape, parameter.dtype)
         if isinstance(module, LoRALinear) and name.startswith("lora_"):
             self._load_lora(module, name, target)
+        elif name == "weight" and self.adapter is not None and self.names[module] in self.adapter:  # trained whole
+            self._load_part(self.adapter[self.names[module]], target)
         else:
             try:
                 if self._reads:
@@ -220,6 +223,9 @@ class Loader:
         else:
             target.zero_()
             return
+        self._load_part(full, target)
+
+    def _load_part(self, full: Tensor, target: Tensor) -> None:
         start, stop = self._rows(full.shape[0])
         target.copy_(full[start:stop])
 

@@ -36,7 +36,14 @@ METHODS = {
     "DoRA, rsLoRA, some targets": LoraSettings(
         8, 16.0, target_modules="q_proj,up_proj,down_proj", use_rslora=True, use_dora=True
     ),
+    "LoRA and embedding": LoraSettings(8, 16.0, modules_to_save=("embed_tokens",)),
+    "LoRA and head": LoraSettings(8, 16.0, modules_to_save=("lm_head",)),
+    "LoRA, embedding and head": LoraSettings(8, 16.0, modules_to_save=("embed_tokens", "lm_head")),
+    "LoRA, embedding and head, tied": LoraSettings(8, 16.0, modules_to_save=("embed_tokens",)),
 }
+
+FAMILIES = {"LoRA, embedding and head, tied": "llama3"}
+"""The tiny model of those kinds that are not measured on a Llama with an embedding and a head of its own."""
 
 
 @dataclass(frozen=True)

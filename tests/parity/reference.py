@@ -27,6 +27,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
+from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers
 from fsdp_qlora.quant.dequantize import dequantize
@@ -99,6 +100,9 @@ def load_ours(
         if linear.lora_B is not None and not zero_lora_B:
             value = local(linear.lora_B)
             value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
+    for _, module in trained_vocabularies(built.root.model):
+        rows = local(module.weight)
+        rows += torch.randn(rows.shape, generator=generator) * 0.05
     return built
 
 
@@ -115,16 +119,15 @@ def load_pair(
     if any(isinstance(layer, ExpertStack) for layer in packed_layers(ours.root)) and lora.target_modules == ALL_LINEAR:
         lora = replace(lora, target_modules=ATTENTION_LAYERS)
     # in train mode for good: in eval mode bitsandbytes repacks the weights of some CPUs and computes in bf16
-    peft = get_peft_model(load_base(folder, quant, dtype), peft_config(lora)).train()
+    peft = get_peft_model(load_base(folder, quant, dtype), peft_config(lora, ours.skeleton.tied)).train()
     named = dict(peft.named_parameters())
-    for linear in lora_linears(ours.root):
-        for part, parameter in linear.adapter():
-            named[peft_name(linear.name, part)].data.copy_(local(parameter))
+    for name, parameter in trained_by_pefts_names(ours):
+        named[name].data.copy_(local(parameter))
     return Pair(folder, ours, peft)
 
 
-def peft_config(lora: LoraSettings) -> LoraConfig:
-    """Return the same settings for PEFT."""
+def peft_config(lora: LoraSettings, tied: bool = False) -> LoraConfig:
+    """Return the same settings for PEFT, for a base whose head is its embedding or is not."""
     whole = lora.target_modules == ALL_LINEAR or not is_names(lora.target_modules)
     return LoraConfig(
         r=lora.rank,
@@ -136,13 +139,24 @@ def peft_config(lora: LoraSettings) -> LoraConfig:
         alpha_pattern=dict(lora.alpha_pattern),
         use_rslora=lora.use_rslora,
         use_dora=lora.use_dora,
+        modules_to_save=list(lora.modules_to_save) or None,
+        ensure_weight_tying=tied and bool(lora.modules_to_save),
         task_type="CAUSAL_LM",
     )
 
 
 def peft_name(layer: str, part: str) -> str:
-    """Return PEFT's name of a LoRA matrix in memory."""
+    """Return PEFT's name of a LoRA matrix, or of a module that is trained whole, in memory."""
     return f"base_model.model.{layer}.{part}.default.weight"
+
+
+def trained_by_pefts_names(built: BuiltModel) -> Iterator[tuple[str, nn.Parameter]]:
+    """Yield all that is trained, with PEFT's names in memory."""
+    for linear in lora_linears(built.root):
+        for part, parameter in linear.adapter():
+            yield peft_name(linear.name, part), parameter
+    for name, module in trained_vocabularies(built.root.model):
+        yield peft_name(name, "modules_to_save"), module.weight
 
 
 def local(parameter: Tensor | None) -> Tensor:
@@ -292,7 +306,7 @@ def token_losses(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Tensor:
 
 @dataclass
 class Gradients:
-    """Loss per token and LoRA gradients by PEFT's names of one batch."""
+    """Loss per token and gradients by PEFT's names of one batch."""
 
     loss: float
     grads: dict[str, Tensor]
@@ -304,10 +318,9 @@ def our_gradients(built: BuiltModel, ranks: Ranks, batch: data.Batch) -> Gradien
     loss = make_trainer(built, ranks).loss(batch) / batch.num_targets
     loss.backward()
     grads = {}
-    for linear in lora_linears(built.root):
-        for part, parameter in linear.adapter():
-            grads[peft_name(linear.name, part)] = local(parameter.grad).clone()
-            parameter.grad = None
+    for name, parameter in trained_by_pefts_names(built):
+        grads[name] = local(parameter.grad).clone()
+        parameter.grad = None
     return Gradients(loss.item(), grads)
 
 

@@ -212,7 +212,7 @@ UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "rank is a word": (change_config(r="many"), "is unreadable"),
     "another kind": (change_config(peft_type="IA3"), "only LoRA adapters .* are read; this one uses IA3"),
     "biases": (change_config(lora_bias=True), r"uses \['lora_bias'\]"),
-    "whole layers": (change_config(modules_to_save=["lm_head"]), r"uses \['modules_to_save'\]"),
+    "whole layers": (change_config(modules_to_save=["score"]), r"uses \['modules_to_save score'\]"),
     "rank 0": (change_config(r=0), "only LoRA adapters"),
     "alpha 0": (change_config(lora_alpha=0), "only LoRA adapters"),
 }

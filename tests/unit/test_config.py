@@ -95,6 +95,7 @@ def test_value_takes_its_settings_type(name: str, raw: object, value: object) ->
         ("rank_pattern", "q_proj=2.5", "with ranks of at least 1"),
         ("rank_pattern", "q_proj", "pattern=rank pairs"),
         ("alpha_pattern", "q_proj=0", "with values above 0"),
+        ("modules_to_save", "embed_tokens,norm", "embed_tokens, lm_head, or both"),
         ("loraplus_lr_ratio", "0", "above 0"),
         ("context_length", "7", "at least 8"),
         ("batch_size", "0", "at least 1"),

@@ -162,3 +162,24 @@ def test_the_gradients_factor_is_not_rounded_to_bf16() -> None:
     whole, hidden.grad = hidden.grad, None
     (chunked_cross_entropy(hidden, head, labels) / 771).backward()  # 1 / 771 is far from any bf16 number
     assert hidden.grad.equal((whole.float() * torch.tensor(1 / 771)).bfloat16())
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+def test_a_trained_head_gets_its_gradient(monkeypatch: pytest.MonkeyPatch, softcap: float | None) -> None:
+    monkeypatch.setattr(loss_module, "CHUNK_BYTES", 5 * ROW_BYTES)
+    hidden, head, labels = make_inputs(ignored=9)
+    rows = head.clone().requires_grad_()
+    seen: list[Tensor] = []
+
+    def reduce(gradient: Tensor) -> Tensor:
+        seen.append(gradient)
+        return 2 * gradient
+
+    (chunked_cross_entropy(hidden, head, labels, softcap, rows, reduce) / 7).backward()
+    head64 = head.double().requires_grad_()
+    logits = hidden.detach().double() @ head64.t()
+    logits = softcap * torch.tanh(logits / softcap) if softcap is not None else logits
+    total = F.cross_entropy(logits, labels, ignore_index=IGNORE, reduction="sum")
+    (expected,) = torch.autograd.grad(total / 7, head64)
+    assert seen[0].dtype == torch.float32
+    torch.testing.assert_close(rows.grad.double(), 2 * expected, rtol=1e-4, atol=1e-6)

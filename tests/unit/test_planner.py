@@ -83,11 +83,11 @@ def budget(gpu: float, host: float) -> Budget:
 # --- counts ---
 
 
-def counted(folder: Path) -> tuple[int, int, int, int, int]:
+def counted(folder: Path, lora: LoraSettings) -> tuple[int, int, int, int, int]:
     """Load a model and return, for this rank: its place, bytes of 4-bit, frozen and LoRA parameters, and vocabulary."""
     with process_group("full", 60, device="cpu") as ranks:
         quant = QuantSettings(num_shards=ranks.num_shards)
-        built = build_model(folder, ranks, quant, LoraSettings(3, 16.0), torch.float32)
+        built = build_model(folder, ranks, quant, lora, torch.bfloat16)
         sums = {"packed": 0, "lora": 0, "frozen": 0, "vocabulary": 0}
         vocabularies = {module.weight for module in built.root.modules() if isinstance(module, ShardedVocabulary)}
         for name, parameter in built.root.named_parameters():
@@ -97,14 +97,50 @@ def counted(folder: Path) -> tuple[int, int, int, int, int]:
         return ranks.shard, sums["packed"], sums["frozen"], sums["lora"], sums["vocabulary"]
 
 
+def test_trained_vocabulary_is_counted(folders: dict[str, Path]) -> None:
+    """In float32: value, gradient and two moments of every row, and the head's whole gradient where it is made."""
+    rows = 4 * LLAMA_8B.vocab_size * LLAMA_8B.hidden_size
+    run = Run(1, 2048, MemorySettings(checkpoint_blocks=32), accumulates=False)
+    found = {}
+    for modules in ((), ("embed_tokens",), ("lm_head",)):
+        lora = LoraSettings(16, 16.0, modules_to_save=modules)
+        shape = model_shape(folders["8b"], QuantSettings(num_shards=2), lora, torch.bfloat16)
+        found[modules] = estimate(shape, run)
+    frozen, embedding, head = found.values()
+    for trained in (embedding, head):
+        assert trained.gpu["optimizer state"] - frozen.gpu["optimizer state"] == 2 * rows // 2
+        assert trained.gpu["embedding and head"] - frozen.gpu["embedding and head"] == rows // 4  # was bf16
+        assert trained.phases["optimizer"] - frozen.phases["optimizer"] == pytest.approx(
+            (2.5 + 1.15) * rows / 2, rel=1e-3
+        )
+        saved = trained.host["checkpoint being saved"] - frozen.host["checkpoint being saved"]
+        assert saved == rows + 2 * rows // 2
+    assert head.phases["loss"] - frozen.phases["loss"] > 1.5 * rows
+    assert "backward of the embedding" in embedding.phases
+    assert "backward of the embedding" not in head.phases
+
+
 @pytest.mark.parametrize(
-    ("family", "world_size"), [("llama", 1), ("llama", 2), ("qwen3", 2), ("qwen3_moe", 1), ("qwen3_moe", 2)]
+    ("family", "world_size", "modules"),
+    [
+        ("llama", 1, ()),
+        ("llama", 2, ()),
+        ("llama", 2, ("lm_head",)),
+        ("llama", 2, ("embed_tokens", "lm_head")),
+        ("qwen3", 2, ()),
+        ("qwen3", 2, ("embed_tokens",)),
+        ("qwen3_moe", 1, ()),
+        ("qwen3_moe", 2, ()),
+    ],
 )
-def test_shape_counts_what_a_loaded_rank_holds(family: str, world_size: int, tmp_path: Path) -> None:
+def test_shape_counts_what_a_loaded_rank_holds(
+    family: str, world_size: int, modules: tuple[str, ...], tmp_path: Path
+) -> None:
     folder = save_tiny(family, tmp_path / "model", vocab_size=321)
-    lora = LoraSettings(3, 16.0)  # 3 rows of lora_A and 321 of the vocabulary: the ranks' parts differ
-    for shard, *bytes_held in run_ranks(counted, world_size, folder):
-        shape = model_shape(folder, QuantSettings(num_shards=world_size), lora, torch.float32, shard)
+    # 3 rows of lora_A and 321 of the vocabulary: the ranks' parts differ
+    lora = LoraSettings(3, 16.0, modules_to_save=modules)
+    for shard, *bytes_held in run_ranks(counted, world_size, folder, lora):
+        shape = model_shape(folder, QuantSettings(num_shards=world_size), lora, torch.bfloat16, shard)
         sums = [sum(getattr(block, f"{kind}_part") for block in shape.blocks) for kind in ("packed", "frozen", "lora")]
         sums[1] += shape.norm_part
         assert [*sums, shape.vocabulary_part] == bytes_held
