@@ -279,7 +279,7 @@ def test_the_record_of_the_run_says_what_the_base_was(
 
 REFUSED: dict[str, tuple[dict[str, Any], type[FsdpQloraError], str]] = {
     "DoRA without its magnitudes": ({"use_dora": True}, CheckpointError, "has no place in this base"),
-    "modules": ({"modules_to_save": ["lm_head"]}, CheckpointError, "this one uses .'modules_to_save'."),
+    "modules": ({"modules_to_save": ["lm_head"]}, CheckpointError, "adapters with modules_to_save are not merged"),
     "not LoRA": ({"peft_type": "IA3"}, CheckpointError, "only LoRA adapters with rank and alpha above 0 are read"),
 }
 
