@@ -76,7 +76,7 @@ class Trainer:
         self.position = start = start or Position()
         self.num_steps = max(config.max_steps, start.step)
         if config.max_steps < 0:
-            left = sum(train.num_steps(epoch) for epoch in range(start.epoch, config.num_epochs))
+            left = count_steps(train, range(start.epoch, config.num_epochs), self.progress)
             self.num_steps = start.step + max(0, left - start.sequences // train.sequences_per_step)
 
     def loss(self, batch: data.Batch) -> torch.Tensor:
@@ -245,6 +245,19 @@ class Trainer:
         }
         metrics.log(record, step + 1)
         metrics.progress(record, step + 1, self.num_steps, remaining)
+
+
+def count_steps(train: data.Loader, epochs: range, progress: Progress) -> int:
+    """Return the optimizer steps of epochs, which the schedule needs; each is packed for it (1 s a million examples).
+
+    The first epoch comes last, as the loader keeps the latest, and training begins with it.
+    """
+    num_steps = 0
+    for epoch in reversed(epochs):
+        progress.beat(f"packing epoch {epoch + 1}")
+        num_steps += train.num_steps(epoch)
+    progress.beat("start-up")
+    return num_steps
 
 
 def _best(evaluations: Mapping[int, dict[str, Any]]) -> int:

@@ -25,8 +25,9 @@ class RowSettings:
 
     # --- data ---
     dataset: str = "demo"
-    """Local .jsonl/.json/.csv/.parquet file, hub dataset id, or 'demo' (arithmetic questions made on the spot; 'demo-test':
-    others, for evaluation); for training also several, separated by commas."""
+    """Local .jsonl/.json/.csv/.parquet file, hub dataset (owner/name, owner/name@revision:config:split), or 'demo'
+    (arithmetic questions made on the spot; 'demo-test': others, for evaluation); for training also several, separated by
+    commas."""
 
     dataset_format: Literal["auto", "messages", "sharegpt", "alpaca", "prompt_completion", "text"] = "auto"
     """Form of the rows; auto looks at the column names of the first row."""
@@ -50,6 +51,10 @@ class RowSettings:
     token_cache: str = "auto"
     """Folder for tokenised datasets, which ranks share and later runs use again; auto: among this program's cached files;
     none: every rank tokenises, in memory."""
+
+    hub_streaming: bool = False
+    """Read hub datasets as a stream: their tokens are kept on disk and the download is not, so that other settings
+    download again."""
 
     seed: int = 42
     """Seed of shuffling, of LoRA initialisation and of dropout."""

@@ -12,9 +12,10 @@ from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.data import RowSettings
+from fsdp_qlora.data import hub
 from fsdp_qlora.data.demo import INSTALL
-from fsdp_qlora.data.formats import DEMO_DATASETS, iter_rows
-from fsdp_qlora.data.readers import HUB_ID, READERS, hub_fingerprint
+from fsdp_qlora.data.formats import DEMO_DATASETS, rows_of
+from fsdp_qlora.data.readers import READERS
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.store import TokenStore, read_meta, write_store
 from fsdp_qlora.data.tokenize_rows import tokenize_rows
@@ -31,7 +32,7 @@ def load_store(dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizer
         DataError: a dataset or row that cannot be used, or a cache folder that cannot be written.
     """
     if config.token_cache == "none":
-        rows = iter_rows(dataset, config.dataset_format, report, seed=config.seed)
+        rows = rows_of(dataset, config, report)
         return TokenStore.from_examples(tokenize_rows(rows, tokenizer, config, report))
     root = cache_dir() / "tokens" if config.token_cache == "auto" else Path(config.token_cache).expanduser()
     folder = root / cache_key(dataset, config, tokenizer)
@@ -54,7 +55,7 @@ def load_store(dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizer
 def cache_key(dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizerBase) -> str:
     """Return a name for all that decides the tokens: rows, settings, tokenizer, and the code that makes them."""
     content = {
-        "dataset": [dataset, _content_of(dataset, config.seed)],
+        "dataset": [dataset, _content_of(dataset, config)],
         "settings": [
             config.dataset_format,
             config.train_on,
@@ -75,23 +76,24 @@ def cache_key(dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizerB
     return hashlib.sha256(json.dumps(content, default=str).encode()).hexdigest()[:32]
 
 
-def _content_of(dataset: str, seed: int) -> str:
+def _content_of(dataset: str, config: RowSettings) -> str:
     """Return what changes whenever the rows of a dataset do."""
     if dataset in DEMO_DATASETS:
-        return f"{seed} {INSTALL}"
+        return f"{config.seed} {INSTALL}"
     path = Path(dataset).expanduser()
     if path.is_file():
         with path.open("rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
-    if path.suffix.lower() in READERS or not HUB_ID.fullmatch(dataset):
+    name = hub.parse_name(dataset)
+    if path.suffix.lower() in READERS or name is None:
         return "missing"  # reading it will say so
-    return hub_fingerprint(dataset)
+    return hub.fingerprint(dataset, name, config.hub_streaming)
 
 
 def _fill(folder: Path, dataset: str, config: RowSettings, tokenizer: PreTrainedTokenizerBase) -> None:
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     report = DataReport(bad_rows=config.bad_rows)
-    rows = iter_rows(dataset, config.dataset_format, report, seed=config.seed)
+    rows = rows_of(dataset, config, report)
     write_store(partial, tokenize_rows(rows, tokenizer, config, report), lambda: {"report": report.to_dict()})
     partial.rename(folder)

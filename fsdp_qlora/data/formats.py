@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
+from fsdp_qlora.config.data import RowSettings
 from fsdp_qlora.data.chats import RowError, check_conversation, string_of, texts_of, tools_of, turns_of
 from fsdp_qlora.data.demo import demo_rows
 from fsdp_qlora.data.readers import MAX_ROW_BYTES, read_raw, too_long
@@ -50,7 +51,14 @@ def load_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
     return list(iter_rows(dataset, dataset_format, report, seed=seed))
 
 
-def iter_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: int = 0) -> Iterator[Row]:
+def rows_of(dataset: str, config: RowSettings, report: DataReport) -> Iterator[Row]:
+    """Yield the rows of a dataset as the settings say; see iter_rows."""
+    return iter_rows(dataset, config.dataset_format, report, seed=config.seed, hub_streaming=config.hub_streaming)
+
+
+def iter_rows(
+    dataset: str, dataset_format: str, report: DataReport, *, seed: int = 0, hub_streaming: bool = False
+) -> Iterator[Row]:
     """Yield the rows of a dataset, checked, as they are read.
 
     Args:
@@ -58,6 +66,7 @@ def iter_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
         dataset_format: a key of FORMATS, or 'auto' to choose by the columns of the first readable row.
         report: counts rows and, if it says so, lets malformed ones pass.
         seed: of the demo questions.
+        hub_streaming: keep nothing of a hub dataset on disk.
 
     Raises:
         DataError: a malformed row that is not to be skipped (`file:line: reason`), an unknown form, no usable row.
@@ -69,7 +78,7 @@ def iter_rows(dataset: str, dataset_format: str, report: DataReport, *, seed: in
         return
     num_read, num_good = 0, 0
     first_problem = ""
-    for raw in read_raw(dataset):
+    for raw in read_raw(dataset, hub_streaming=hub_streaming):
         num_read += 1
         report.num_rows += 1
         problem = raw.problem

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from fsdp_qlora.data.packing import pack, packing_efficiency
+from fsdp_qlora.data.packing import Sequences, pack, packing_efficiency
 from fsdp_qlora.data.store import Indices, Mixture, TokenStore
 from fsdp_qlora.data.tokenize import IGNORE, Example
 
@@ -129,7 +129,7 @@ class Loader:
         self._lengths = self._examples.lengths
         assert ((self._lengths > 0) & (self._lengths <= context_length)).all(), "examples must fit the context"
         self._planned_epoch = -1
-        self._sequences: list[list[int]] = []
+        self._sequences = Sequences(np.array([], dtype=np.int64), np.array([], dtype=np.int64))
 
     @property
     def sequences_per_step(self) -> int:
@@ -159,22 +159,22 @@ class Loader:
         for micro in range(self.gradient_accumulation_steps):
             global_micro = index * self.gradient_accumulation_steps + micro
             first = global_micro * self.world_size * self.batch_size
-            everyone = sequences[first : first + self.world_size * self.batch_size]
+            everyone = sequences.rows(first, self.world_size * self.batch_size)
             rows = everyone[self.rank * self.batch_size : (self.rank + 1) * self.batch_size]
             # the same on all ranks, which work in step with each other anyway, so that they can exchange equal pieces
             row_length = self._row_length(max((int(self._lengths[row].sum()) for row in everyone), default=0))
-            batches.append(self._collate(rows + [[]] * (self.batch_size - len(rows)), row_length))
+            batches.append(self._collate(rows, row_length))
         return batches
 
     def examples(self, epoch: int, index: int) -> list[int]:
         """Return which examples, by their place in the list given, an optimizer step takes over all ranks."""
         first = index * self.sequences_per_step
-        return [example for row in self._plan(epoch)[first : first + self.sequences_per_step] for example in row]
+        return [example for row in self._plan(epoch).rows(first, self.sequences_per_step) for example in row.tolist()]
 
     def stats(self, epoch: int = 0) -> LoaderStats:
         """Return what an epoch holds, for the lines printed at the start."""
         sequences = self._plan(epoch)
-        lengths = [int(self._lengths[sequence].sum()) for sequence in sequences]
+        lengths = sequences.sums(self._lengths).tolist()
         if self.packing:
             efficiency = packing_efficiency(lengths, len(sequences), self.context_length)
         else:
@@ -183,16 +183,16 @@ class Loader:
             padded = sum(len(group) * self._row_length(max(group)) for group in groups)
             efficiency = sum(lengths) / padded if padded else 1.0
         return LoaderStats(
-            num_examples=sum(map(len, sequences)),
+            num_examples=len(sequences.examples),
             num_tokens=sum(lengths),
-            num_targets=int(sum(self._examples.num_targets[sequence].sum() for sequence in sequences)),
+            num_targets=int(self._examples.num_targets[sequences.examples].sum()),
             num_sequences=len(sequences),
             num_steps=self.num_steps(epoch),
             efficiency=efficiency,
         )
 
-    def _plan(self, epoch: int) -> list[list[int]]:
-        """Return the epoch's sequences in global order, each a list of examples; the latest epoch is kept."""
+    def _plan(self, epoch: int) -> Sequences:
+        """Return the epoch's sequences in global order; those of the latest epoch are kept."""
         if epoch != self._planned_epoch:
             random = np.random.default_rng((self.seed, epoch))
             order = self._examples.members(random)
@@ -200,11 +200,9 @@ class Loader:
                 order = random.permutation(order)
                 if not self.packing:
                     order = group_by_length(order, self._lengths, random)
-            groups: list[list[int]] = [[i] for i in range(len(order))]
-            if self.packing:
-                groups = pack(self._lengths[order].tolist(), self.context_length)
-            examples = order.tolist()
-            self._sequences = [[examples[i] for i in group] for group in groups]
+            alone = np.arange(len(order))
+            sequence_of = pack(self._lengths[order], self.context_length) if self.packing else alone
+            self._sequences = Sequences(order, sequence_of)
             self._planned_epoch = epoch
         return self._sequences
 
@@ -215,16 +213,16 @@ class Loader:
         rounded = -(-max(longest, 1) // ROW_MULTIPLE) * ROW_MULTIPLE
         return min(rounded, self.context_length)
 
-    def _collate(self, rows: list[list[int]], row_length: int) -> Batch:
-        """Build a batch of rows, each a list of examples; an empty one becomes a row of padding."""
-        shape = (len(rows), row_length)
+    def _collate(self, rows: list[Indices], row_length: int) -> Batch:
+        """Build a batch of rows, each of several examples; those missing become rows of padding."""
+        shape = (self.batch_size, row_length)
         input_ids = np.full(shape, self.pad_token_id, dtype=np.int64)
         labels = np.full(shape, IGNORE, dtype=np.int64)
         position_ids = np.empty(shape, dtype=np.int64)
         lengths: list[int] = []
-        for b, row in enumerate(rows):
+        for b in range(self.batch_size):
             t = 0
-            for example in row:
+            for example in rows[b].tolist() if b < len(rows) else []:
                 ids, is_target = self._examples.tokens(example)
                 n = len(ids)
                 input_ids[b, t : t + n] = ids

@@ -4,17 +4,15 @@ from __future__ import annotations
 
 import csv
 import json
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from fsdp_qlora.data import hub
 from fsdp_qlora.errors import DataError
 
 MAX_ROW_BYTES = 8_000_000
 """A longer row is a broken file (a missing line end), not an example."""
-
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 
 
 class RawRow(NamedTuple):
@@ -29,8 +27,11 @@ class RawRow(NamedTuple):
     """Why the row could not be read; columns are empty then."""
 
 
-def read_raw(dataset: str) -> Iterator[RawRow]:
-    """Yield the rows of a local file, chosen by its ending, or of the train split of a hub dataset.
+def read_raw(dataset: str, *, hub_streaming: bool = False) -> Iterator[RawRow]:
+    """Yield the rows of a local file, chosen by its ending, or of a hub dataset.
+
+    Args:
+        hub_streaming: keep nothing of a hub dataset on disk.
 
     Raises:
         DataError: no such file or dataset, an ending that is not supported, or a file that is damaged as a whole.
@@ -43,10 +44,12 @@ def read_raw(dataset: str) -> Iterator[RawRow]:
                 f"dataset {dataset}: no such file; give a path relative to the current folder or an absolute one"
             )
         yield from reader(path)
-    elif path.is_file() or not HUB_ID.fullmatch(dataset):
+        return
+    name = hub.parse_name(dataset)
+    if path.is_file() or name is None:
         raise DataError(f"dataset {dataset!r} is neither a {', '.join(READERS)} file nor a hub id such as owner/name")
-    else:
-        yield from read_hub(dataset)
+    for where, columns in hub.read_hub(dataset, name, hub_streaming):
+        yield RawRow(where, columns)
 
 
 def read_jsonl(path: Path) -> Iterator[RawRow]:
@@ -139,34 +142,6 @@ def read_parquet(path: Path) -> Iterator[RawRow]:
                     yield RawRow(f"{path}:{number}", columns)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: damaged or no Parquet file (after row {number}): {error}") from error
-
-
-def read_hub(dataset: str) -> Iterator[RawRow]:
-    """Yield the rows of a hub dataset's train split; with HF_HUB_OFFLINE=1 only from the local cache."""
-    for number, columns in enumerate(_load_hub(dataset), 1):
-        yield RawRow(f"{dataset}:{number}", columns)
-
-
-def hub_fingerprint(dataset: str) -> str:
-    """Return what changes whenever a hub dataset does."""
-    return str(_load_hub(dataset)._fingerprint)
-
-
-def _load_hub(dataset: str) -> Any:
-    import datasets
-
-    try:
-        return datasets.load_dataset(dataset, split="train")
-    except (
-        OSError,
-        ValueError,
-        datasets.exceptions.DatasetsError,
-    ) as error:  # not found, offline, gated, no such split
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        raise DataError(
-            f"dataset {dataset}: cannot be loaded from the hub ({reason}); check the name, the network and HF_TOKEN, "
-            "or download it and give the path of a .jsonl, .json, .csv or .parquet file"
-        ) from error
 
 
 READERS: dict[str, Callable[[Path], Iterator[RawRow]]] = {

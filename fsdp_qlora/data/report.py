@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 from array import array
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -65,12 +66,12 @@ class DataReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Return the report as JSON can hold it."""
-        return {**vars(self), "lengths": self.lengths.tolist()}
+        return {**vars(self), "lengths": base64.b64encode(self.lengths.tobytes()).decode()}
 
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> DataReport:
         """Return the report that to_dict was made of."""
-        return cls(**{**content, "lengths": array("q", content["lengths"])})
+        return cls(**{**content, "lengths": array("q", base64.b64decode(content["lengths"]))})
 
     def reject(self, where: str, reason: str) -> None:
         """Count a malformed row, or stop.

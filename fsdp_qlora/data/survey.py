@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+from array import array
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,11 +14,11 @@ from transformers import PreTrainedTokenizerBase
 from fsdp_qlora.config.command import DataConfig
 from fsdp_qlora.config.data import datasets_of
 from fsdp_qlora.data.chats import texts_of
-from fsdp_qlora.data.formats import iter_rows
+from fsdp_qlora.data.formats import rows_of
 from fsdp_qlora.data.loader import LoaderStats, make_loader
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.splits import Splits, load_splits
-from fsdp_qlora.data.store import Mixture, TokenStore
+from fsdp_qlora.data.store import Indices, Mixture, TokenStore
 from fsdp_qlora.data.templates import REASONING_TAG, ChatRenderer, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Example
 from fsdp_qlora.data.tokenize_rows import make_renderer
@@ -137,7 +138,7 @@ def _row_warnings(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     found: Counter[str] = Counter()
     num_system, first = 0, ""
     for dataset in datasets_of(config):
-        for row in iter_rows(dataset, config.dataset_format, DataReport(bad_rows="skip"), seed=config.seed):
+        for row in rows_of(dataset, config, DataReport(bad_rows="skip")):
             if renderer is None and (renderer := make_renderer([row], tokenizer)) is not None:
                 control_tokens = renderer.control_tokens
             num_system += bool(row.messages) and row.messages[0]["role"] == "system"
@@ -171,15 +172,17 @@ def _example_warnings(splits: Splits) -> list[str]:
         )
     if report.num_skipped:
         warnings.append(f"{report.num_skipped:,} malformed rows are skipped, the first {report.skipped[0]}")
-    keys = {key for store in splits.train.stores for key in _keys(store)}
+    keys = np.unique(np.concatenate([_keys(store) for store in splits.train.stores]))
     if repeated := report.num_examples - len(keys):
         warnings.append(f"{repeated:,} training examples repeat another one word for word: they count several times")
-    if leaked := sum(key in keys for store in splits.evaluation.values() for key in _keys(store)):
+    if leaked := sum(int(np.isin(_keys(store), keys).sum()) for store in splits.evaluation.values()):
         warnings.append(f"{leaked:,} evaluation examples are also trained on: the evaluation loss will look too good")
     return warnings
 
 
-def _keys(store: TokenStore) -> Iterator[bytes]:
-    """Yield a checksum of every example."""
+def _keys(store: TokenStore) -> Indices:
+    """Return a checksum of every example, of 8 bytes: there may be more examples than fit into RAM as a set."""
+    keys = array("q")
     for i in range(len(store)):
-        yield hashlib.sha256(store.tokens(i)[0].tobytes()).digest()
+        keys.frombytes(hashlib.blake2b(store.tokens(i)[0].tobytes(), digest_size=8).digest())
+    return np.array(keys, dtype=np.int64)

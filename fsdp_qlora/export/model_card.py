@@ -70,9 +70,10 @@ def metadata(base: str, is_adapter: bool, record: Mapping[str, Any]) -> dict[str
     }
     if (repo := hub_id(base)) is not None:
         data |= {"base_model": repo, "base_model_relation": "adapter" if is_adapter else "finetune"}
-    dataset = str(record.get("config", {}).get("dataset", ""))
-    if HUB_ID.fullmatch(dataset) and not PurePath(dataset).suffix:
-        data["datasets"] = [dataset]
+    names = str(record.get("config", {}).get("dataset", "")).split(",")
+    repos = [name.strip().split(":")[0].split("@")[0] for name in names]
+    if known := [repo for repo in repos if HUB_ID.fullmatch(repo) and not PurePath(repo).suffix]:
+        data["datasets"] = known
     return data
 
 

@@ -54,7 +54,7 @@ def test_files_hold_what_memory_holds(dataset: str, tmp_path: Path, monkeypatch:
 def test_the_second_run_reads_no_rows(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = settings(dataset, tmp_path)
     first, _ = load(config)
-    monkeypatch.setattr(cache, "iter_rows", lambda *args, **kwargs: pytest.fail("rows are read again"))
+    monkeypatch.setattr(cache, "rows_of", lambda *args, **kwargs: pytest.fail("rows are read again"))
     assert load(config)[0] == first
     with pytest.raises(pytest.fail.Exception):
         load(dataclasses.replace(config, context_length=1024))

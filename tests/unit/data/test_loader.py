@@ -12,7 +12,10 @@ import torch
 from fsdp_qlora import data
 from fsdp_qlora.config import DataConfig
 from fsdp_qlora.data.loader import Batch, Loader
+from fsdp_qlora.data.packing import pack
 from fsdp_qlora.data.tokenize import IGNORE, Example
+from fsdp_qlora.run_folder import Progress
+from fsdp_qlora.trainer import count_steps
 from tests.unit.data.families import tiny_tokenizer
 
 PAD = 7
@@ -238,3 +241,21 @@ def test_padding_has_a_row_in_the_embedding() -> None:
         return int(batch.input_ids[0, -1])
 
     assert [padding(size) for size in (None, pad + 1, pad, end)] == [pad, pad, end, 0]
+
+
+def test_counting_the_steps_of_all_epochs_shows_life_and_leaves_the_first_epoch_ready(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    packed: list[int] = []
+
+    def noted(*arguments: Any) -> Any:
+        packed.append(progress.beats)
+        return pack(*arguments)
+
+    monkeypatch.setattr("fsdp_qlora.data.loader.pack", noted)
+    progress, loader = Progress(), make_loader(make_examples(60), batch_size=1, gradient_accumulation_steps=1)
+    counted = count_steps(loader, range(1, 4), progress)
+    assert packed == [1, 2, 3], "a beat before each epoch"
+    loader.step(1, 0)
+    assert packed == [1, 2, 3], "kept since it was counted"
+    assert counted == sum(loader.num_steps(epoch) for epoch in (1, 2, 3))

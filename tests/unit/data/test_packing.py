@@ -5,7 +5,15 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fsdp_qlora.data.packing import NUM_OPEN_SEQUENCES, pack, packing_efficiency
+from fsdp_qlora.data.packing import NUM_OPEN_SEQUENCES, Sequences, packing_efficiency
+from fsdp_qlora.data.packing import pack as sequence_of
+
+
+def pack(lengths: list[int], context_length: int) -> list[list[int]]:
+    """Return the documents of each sequence."""
+    documents = np.arange(len(lengths))
+    sequences = Sequences(documents, sequence_of(np.array(lengths, dtype=np.int64), context_length))
+    return [row.tolist() for row in sequences.rows(0, len(sequences))]
 
 
 @pytest.mark.parametrize("seed", range(20))
