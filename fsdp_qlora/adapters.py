@@ -347,9 +347,17 @@ def _settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Lo
         use_dora=bool(config.get("use_dora")),
         rank_pattern=tuple((re.escape(layer), own) for layer, own in ranks.items() if own != rank),
         alpha_pattern=tuple((re.escape(layer), own) for layer, own in alphas.items() if own != alpha),
-        modules_to_save=tuple(sorted({name.rpartition(".")[2] for name in config.get("modules_to_save") or []})),
-        ensure_weight_tying=bool(config.get("ensure_weight_tying")),
+        **saved_modules(config),
     )
+
+
+def saved_modules(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what an adapter's config says of modules that were trained whole, as arguments of LoraSettings."""
+    names = {name.rpartition(".")[2] for name in config.get("modules_to_save") or []}
+    return {
+        "modules_to_save": tuple(sorted(names)),
+        "ensure_weight_tying": bool(config.get("ensure_weight_tying")),
+    }
 
 
 def check_layers(matrices: Mapping[str, Tensor], layers: Collection[str]) -> None:

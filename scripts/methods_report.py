@@ -67,7 +67,7 @@ PEFT's format and meaning, and what differs:
 - Where the head is the embedding (`tie_word_embeddings`), it stays so: name `embed_tokens` for the one matrix, as PEFT does
   with `ensure_weight_tying`, which the adapter's config then has. PEFT's default unties the two; such adapters are refused,
   and so is `lm_head` alone.
-- `fsdp-qlora merge` refuses such adapters; PEFT's `merge_and_unload` takes them.
+- `fsdp-qlora merge` puts them in the place of the base's, in the dtype of the result.
 - As in transformers, looking up the padding token gives its row no gradient, even if it is also the end token (SmolLM2).
 
 ## PiSSA and LoftQ

@@ -6,7 +6,9 @@ before quantisation differ from those by an error that the adapter may have lear
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
@@ -41,9 +43,11 @@ from fsdp_qlora.export.standalone import (
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.output_files import find_adapter, read_record
 from fsdp_qlora.quant.adapt import QuantSettings, block_experts
+from fsdp_qlora.quant.lora import VOCABULARY
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.record import write_record
 from fsdp_qlora.weights.bnb_format import slots, write_quantized
+from fsdp_qlora.weights.index import TensorEntry
 from fsdp_qlora.weights.source import detect_quantization, is_quantized, matrix_of
 from fsdp_qlora.weights.writer import Part, Sink, Slot
 
@@ -90,9 +94,12 @@ class Merge:
     def parts(self) -> Iterator[Part]:
         """Yield what is to be written."""
         matrices = {self.source.checkpoint_name(name): name for name in self.source.linears}
+        replaced = self._replaced()
         for entry in in_file_order(self.source.raw.tensors):
             name = matrices.get(matrix_of(entry.name))
-            if name is None:
+            if entry.name in replaced:
+                yield self._whole(entry, replaced[entry.name])
+            elif name is None:
                 yield copy(self.source, entry, None if self.in_4bit else self.dtype)
             elif self.becomes_quantized(name) and not self.adapter.adapts(name):
                 if is_quantized(self.source.named.tensors, name):
@@ -101,6 +108,24 @@ class Merge:
                     yield quantized(self.source, entry, name, self.weights.quant, self.weights.device)
             elif entry.name in matrices:
                 yield self._part(entry.name, name)
+
+    def _replaced(self) -> dict[str, str]:
+        """Return, by their names in the checkpoint, the tensors that the adapter has of its own, with its names."""
+        found = {self.source.checkpoint_name(name): name for name in self.adapter.whole}
+        head = f"{VOCABULARY['lm_head']}.weight"
+        if found and self.source.skeleton.tied and head in self.source.named.tensors:  # a second copy of the one matrix
+            found[self.source.checkpoint_name(head)] = self.adapter.whole[0]
+        return found
+
+    def _whole(self, entry: TensorEntry, name: str) -> Part:
+        """Return the part that writes the adapter's own tensor in the place of the base's."""
+        dtype, size = entry.dtype if self.in_4bit else self.dtype, math.prod(entry.shape)
+
+        def make(sink: Sink) -> None:
+            for start in range(0, size, RUN_WEIGHTS):
+                sink(entry.name, self.adapter.elements(name, start, min(start + RUN_WEIGHTS, size)).to(dtype), start)
+
+        return Part((Slot(entry.name, dtype, entry.shape),), make)
 
     def _part(self, checkpoint_name: str, name: str) -> Part:
         layout = self.source.layout(name, self.weights.quant)
@@ -183,9 +208,10 @@ def _plan(config: MergeConfig, source: Source, adapter: Adapter, record: dict[st
     source.check(found)
     base_dtype = dtype_of(json.loads((source.folder / "config.json").read_text()))
     dtype = DTYPES.get(config.output, base_dtype)
+    replaced = "".join(f", {name} replaced" for name in adapter.whole)
     _say(
         f"base {source.folder.name} ({found.quant_type} in training, double quantisation {found.double_quant}),"
-        f" {sum(map(adapter.adapts, source.linears))} of {len(source.linears)} matrices adapted"
+        f" {sum(map(adapter.adapts, source.linears))} of {len(source.linears)} matrices adapted{replaced}"
     )
     return Merge(source, Weights(source, found, device), adapter, config.merge_base, dtype, config.output == "4bit")
 
@@ -225,12 +251,15 @@ def _measure(merge: Merge, output: Path, prompts: tuple[Tensor, Tensor]) -> dict
         def update(name: str) -> Lora | None:
             return merge.adapter.lora(name, device)
 
-        reference, unadapted = compute(Variant("base + adapter", weights.dequantized, source.named, update))
+        replaced = {name: functools.partial(merge.adapter.elements, name) for name in merge.adapter.whole}
+        reference, unadapted = compute(
+            Variant("base + adapter", weights.dequantized, source.named, update, replaced=replaced)
+        )
         result = Weights(written, weights.quant, device)
         variants = [Variant(f"{merge.kind} (written)", result.original, written.named)]
         if not source.is_quantized:
             other = replace(merge, kind="original" if merge.kind == "dequantized" else "dequantized")
-            variants.append(Variant(other.kind, other.values, source.named, dtype=cast))
+            variants.append(Variant(other.kind, other.values, source.named, dtype=cast, replaced=replaced))
         for variant in variants:
             results[variant.title] = compare(reference, compute(variant)[0])
         results["no adapter"] = compare(reference, unadapted)

@@ -31,6 +31,7 @@ from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import download_cache, resolve
 from fsdp_qlora.models.skeleton import read_config
+from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.choice import Request, budget_of, choose, choose_on_cpu, in_words
 from fsdp_qlora.plan.model_shape import model_shape
@@ -294,10 +295,11 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
     stats = trainer.train_loader.stats()
     sequences = config.batch_size * config.gradient_accumulation_steps * ranks.world_size
     trainable = sum(parameter.numel() for parameter in trainer.root.parameters() if parameter.requires_grad)
+    trained = " + ".join(["LoRA", *(name.rpartition(".")[2] for name, _ in trained_vocabularies(trainer.root.model))])
     dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
     _say(
         ranks,
-        f"LoRA: {trainable:,} trainable parameters, {ranks.world_size} x {ranks.device.type},"
+        f"{trained}: {trainable:,} trainable parameters, {ranks.world_size} x {ranks.device.type},"
         f" {dtype}, sharding {config.sharding}\n"
         f"step: {config.batch_size} sequences x {config.gradient_accumulation_steps} micro-batches x {ranks.world_size}"
         f" ranks = {sequences} sequences of up to {config.context_length} tokens ="

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -40,6 +40,8 @@ class Variant:
         reader: has every other tensor, by the model's names.
         lora: returns the update that is added beside a weight, or None where there is none; None if there are no updates.
         dtype: what other tensors are rounded to.
+        replaced: returns elements of embedding or head, by the tensor's name, where they are not the reader's; they count
+            as updates where there are updates.
     """
 
     title: str
@@ -47,6 +49,7 @@ class Variant:
     reader: Reader
     lora: Callable[[str], Lora | None] | None = None
     dtype: torch.dtype = torch.float32
+    replaced: Mapping[str, Callable[[int, int], Tensor]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -89,15 +92,18 @@ def logits(
     hidden = torch.cat([half[counts.to(device)] for half in states.split(len(tokens))])
     name = "model.embed_tokens.weight" if skeleton.tied else "lm_head.weight"
     rows, width = variant.reader.entry(name).shape
+    count = int(counts.sum())
     result = torch.empty(len(hidden), rows)
     for start in range(0, rows, VOCABULARY_ROWS):
         stop = min(start + VOCABULARY_ROWS, rows)
         weight = _rounded(variant, variant.reader.read(name, start * width, stop * width)).view(-1, width)
         result[:, start:stop] = F.linear(hidden, weight.to(device))
+        if name in variant.replaced:
+            weight = _rounded(variant, variant.replaced[name](start * width, stop * width)).view(-1, width)
+            result[:count, start:stop] = F.linear(hidden[:count], weight.to(device))
     result *= skeleton.logit_scale
     if skeleton.logit_softcap is not None:
         result.div_(skeleton.logit_softcap).tanh_().mul_(skeleton.logit_softcap)
-    count = int(counts.sum())
     return result[:count], result[-count:]
 
 
@@ -187,8 +193,13 @@ def _rows_of(name: str, variant: Variant, device: torch.device) -> Callable[...,
     def give(module: nn.Module, arguments: tuple[Tensor]) -> tuple[Tensor]:
         used, numbers = torch.unique(arguments[0], return_inverse=True)
         width = variant.reader.entry(name).shape[1]
-        rows = [variant.reader.read(name, row * width, (row + 1) * width) for row in used.tolist()]
-        module.weight = nn.Parameter(_rounded(variant, torch.stack(rows)).to(device), requires_grad=False)
+        spans = [(row * width, (row + 1) * width) for row in used.tolist()]
+        rows = [_rounded(variant, variant.reader.read(name, *span)) for span in spans]
+        if name in variant.replaced:  # a second table, for the first half of the batch
+            rows += [_rounded(variant, variant.replaced[name](*span)) for span in spans]
+            half = len(numbers) // 2 if variant.lora is not None else len(numbers)
+            numbers[:half] += len(used)
+        module.weight = nn.Parameter(torch.stack(rows).to(device), requires_grad=False)
         module.padding_idx = None  # type: ignore[assignment]
         return (numbers,)
 

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import matrix_name, read_adapter_config
+from fsdp_qlora.adapters import matrix_name, read_adapter_config, saved_modules
 from fsdp_qlora.errors import CheckpointError, WeightsError
 from fsdp_qlora.export.standalone import Source
 from fsdp_qlora.output_files import WEIGHTS_FILE
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.quant.linear import ADAPTER_PARTS
-from fsdp_qlora.quant.lora import pattern_value
+from fsdp_qlora.quant.lora import VOCABULARY, LoraSettings, pattern_value, whole_modules
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_header
@@ -56,17 +56,30 @@ class Adapter:
 
     Attributes:
         config: adapter_config.json.
+        whole: names ('....weight') of the tensors that it replaces, those of modules_to_save.
     """
 
     def __init__(self, config: Mapping[str, Any], reader: Reader, source: Source) -> None:
         self.config, self.reader = config, reader
         self._prefix = source.family.adapter_prefix
         self._tensors = {matrix_name(name): name for name in reader.tensors}
+        lora = LoraSettings(int(config["r"]), float(config["lora_alpha"]), **saved_modules(config))
+        modules = whole_modules(lora, source.skeleton.tied)
+        self.whole = tuple(f"{name}.weight" for name in modules)
+        if modules and source.skeleton.tied:  # PEFT stores the one matrix a second time
+            self._tensors.pop(VOCABULARY["lm_head"], None)
         self._check(source)
 
     def _check(self, source: Source) -> None:
         """Raise CheckpointError unless the matrices are complete and fit layers of the base."""
         found = {name: self.reader.entry(tensor).shape for name, tensor in self._tensors.items()}
+        for name in self.whole:
+            shape = tuple(source.skeleton.model.get_parameter(name).shape)
+            if found.pop(name.removesuffix(".weight"), None) != shape:
+                raise CheckpointError(
+                    f"adapter: modules_to_save names '{name}', which is not there in the base's shape {list(shape)}: the"
+                    " adapter belongs to another model"
+                )
         for name, shape in found.items():
             layer, _, part = name.rpartition(".")
             matrix = source.linears.get(f"{layer}.weight")
@@ -97,6 +110,13 @@ class Adapter:
         """Return whether the matrix `name` ('....weight') has an update."""
         return f"{name.removesuffix('.weight')}.lora_A" in self._tensors
 
+    def elements(self, name: str, start: int, stop: int) -> Tensor:
+        """Return some elements [stop - start] of a tensor of `whole`, as the file has them."""
+        entry = self.reader.entry(self._tensors[name.removesuffix(".weight")])
+        values = self.reader.read(entry.name, start, stop)
+        require_finite(values, self.reader, entry.name)
+        return values
+
     def lora(self, name: str, device: torch.device) -> Lora | None:
         """Return the update of a matrix; None if it has none."""
         if not self.adapts(name):
@@ -125,10 +145,9 @@ def stream_adapter(folder: Path, source: Source) -> Iterator[Adapter]:
 
     Raises:
         CheckpointError: it is unreadable, of a kind that is not merged, or belongs to another base.
+        ModelError: its modules_to_save are not tied as the base's are.
     """
     config = read_adapter_config(folder)
-    if config.get("modules_to_save"):
-        raise CheckpointError(f"{folder}: adapters with modules_to_save are not merged; use PEFT's merge_and_unload")
     try:
         tensors = read_header(folder / WEIGHTS_FILE)
     except WeightsError as error:

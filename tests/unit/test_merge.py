@@ -37,6 +37,8 @@ def save_adapter(base: Path, folder: Path, **changes: Any) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
+            elif "modules_to_save" in name:
+                parameter += torch.randn(parameter.shape, generator=generator) * 0.1
     model.save_pretrained(folder)
     return folder
 
@@ -167,6 +169,36 @@ def test_dora_is_merged_as_by_peft(tmp_path: Path) -> None:
     assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-4
 
 
+@pytest.mark.parametrize(
+    ("family", "modules"),
+    [("llama", ["embed_tokens", "lm_head"]), ("llama", ["lm_head"]), ("gemma2", ["embed_tokens"])],  # gemma2 is tied
+)
+def test_whole_modules_are_merged_as_by_peft(tmp_path: Path, family: str, modules: list[str]) -> None:
+    base = save_base(family, tmp_path / "base")
+    tied = family == "gemma2"
+    adapter = save_adapter(base, tmp_path / "adapter", modules_to_save=list(modules), ensure_weight_tying=tied)
+    record = merge(adapter, tmp_path / "out", output="fp32")
+    peft = with_adapter(base, adapter)
+    with torch.no_grad():
+        assert (logits_of(tmp_path / "out") - peft(IDS).logits).abs().max() < 1e-4
+        tokens, counts = tokenize(AutoTokenizer.from_pretrained(base))
+        reference = peft(tokens).logits[counts]
+        with peft.disable_adapter():
+            unadapted = peft(tokens).logits[counts]
+    errors = record["logit_errors"]
+    assert errors["dequantized (written)"]["largest"] < 1e-4
+    assert errors["no adapter"]["mean"] == pytest.approx(compare(reference, unadapted).mean, rel=1e-4)
+    merge(adapter, tmp_path / "other", output="fp32", merge_base="original")
+    other = compare(reference, logits_of(tmp_path / "other", tokens)[counts])
+    assert errors["original"]["mean"] == pytest.approx(other.mean, rel=1e-3)
+    merge(adapter, tmp_path / "4bit", output="4bit", measure=False)
+    trained = load_file(adapter / WEIGHTS_FILE)
+    found = tensors_of(tmp_path / "4bit")
+    for module in modules:
+        name = {"embed_tokens": "model.embed_tokens.weight", "lm_head": "lm_head.weight"}[module]
+        assert found[name].equal(trained[f"base_model.model.{name}"].bfloat16())
+
+
 def test_a_base_that_was_not_quantised(base: Path, adapter: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     (folder / "adapter").mkdir(parents=True)
@@ -279,7 +311,8 @@ def test_the_record_of_the_run_says_what_the_base_was(
 
 REFUSED: dict[str, tuple[dict[str, Any], type[FsdpQloraError], str]] = {
     "DoRA without its magnitudes": ({"use_dora": True}, CheckpointError, "has no place in this base"),
-    "modules": ({"modules_to_save": ["lm_head"]}, CheckpointError, "adapters with modules_to_save are not merged"),
+    "head without its weight": ({"modules_to_save": ["lm_head"]}, CheckpointError, "names 'lm_head.weight'"),
+    "other modules": ({"modules_to_save": ["score"]}, CheckpointError, "this one uses .'modules_to_save score'."),
     "not LoRA": ({"peft_type": "IA3"}, CheckpointError, "only LoRA adapters with rank and alpha above 0 are read"),
 }
 
