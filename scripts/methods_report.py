@@ -58,7 +58,8 @@ checkpointed block is made: the gradient of m needs it.
 `--modules_to_save embed_tokens,lm_head` trains both in full beside LoRA, for new tokens or another language. They lie
 sharded by rows over the ranks, in float32 with gradient and AdamW's two moments: 16 bytes for each weight, divided by
 the ranks, so 8.4 GB each for embedding and head of a Llama-8B. The head is gathered once a micro-batch in the dtype of the
-computation, and its whole float32 gradient is on every GPU from the loss to the beginning of backward. `--weight_decay` and
+computation, and its whole float32 gradient is on every GPU from the loss to the beginning of backward. The planner counts
+this (`fsdp-qlora plan --modules_to_save ...`), but has been compared with GPUs only for frozen ones. `--weight_decay` and
 the clipped norm count them like all that is trained; LoRA+'s ratio is not for them.
 
 PEFT's format and meaning, and what differs:

@@ -19,6 +19,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {"use_rslora": True, "rank_pattern": "q_proj=2,down_proj=6", "loraplus_lr_ratio": 4},
     "DoRA": {"use_dora": True, "cpu_offload": "all", "activation_checkpointing": "full"},
     "not quantised": {"quant_type": "none", "cpu_offload": "all"},
+    "embedding and head": {
+        "modules_to_save": "embed_tokens,lm_head",
+        "cpu_offload": "all",
+        "activation_checkpointing": "full",
+    },
     "some blocks": {"layers_to_transform": "1", "lora_target_modules": "q_proj,up_proj", "alpha_pattern": "q_proj=3"},
 }
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import get_peft_model
 
-from fsdp_qlora.adapters import open_adapter
+from fsdp_qlora.adapters import open_adapter, save_adapter
 from fsdp_qlora.build import build_model
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ModelError
@@ -154,3 +154,16 @@ def test_a_head_that_peft_untied_is_refused(bases: dict[str, Path], ranks: Ranks
         adapter = open_adapter(tmp_path / modules[0], str(base))
         with pytest.raises(ModelError, match=message):
             build_model(base, ranks, NF4, adapter.lora, torch.float32, adapter=adapter.matrices)
+
+
+def test_unsharded_model_computes_with_its_own_modules(bases: dict[str, Path], ranks: Ranks, tmp_path: Path) -> None:
+    """As `generate` loads it."""
+    for family in ("llama", "llama3"):
+        pair = reference.load_pair(bases[family], ranks, lora=BOTH)
+        save_adapter(pair.ours.root, BOTH, str(bases[family]), tmp_path / family, ranks)
+        adapter = open_adapter(tmp_path / family, None)
+        own = {"adapter": adapter.matrices, "shard": False}
+        plain = build_model(bases[family], ranks, NF4, adapter.lora, torch.float32, **own)
+        batch = reference.whole_rows(reference.random_ids(2, TOKENS, COMMON["vocab_size"]))
+        expected = reference.logits(pair.ours, ranks, batch)
+        assert reference.relative_difference(reference.logits(plain, ranks, batch), expected) < 1e-6
