@@ -23,6 +23,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError
 from fsdp_qlora.files import FileRecord, fsync_folder, record_of, write_tensors
+from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.resume import MOMENTS, local, random_state, rank_file, trainable
 from fsdp_qlora.run_folder import Progress
@@ -136,6 +137,8 @@ class Saver:
         """Check the space and make the folder."""
         parameters = sum(parameter.numel() for _, parameter in trainable(self.root))
         needed = parameters * BYTES_PER_PARAMETER + (1 << 20)
+        if self.root.tied:  # adapters.adapter_matrices: a trained matrix is stored for embedding and head
+            needed += sum(4 * module.weight.numel() for _, module in trained_vocabularies(self.root.model))
         try:
             partial.parent.mkdir(exist_ok=True)
             free = shutil.disk_usage(partial.parent).free

@@ -55,7 +55,7 @@ checkpointed block is made: the gradient of m needs it.
 
 ## Embedding and head
 
-`--modules_to_save embed_tokens,lm_head` trains both in full beside LoRA, for new tokens or another language. They lie
+`--modules_to_save embed_tokens,lm_head` trains both in full beside LoRA, for reserved tokens or another language. They lie
 sharded by rows over the ranks, in float32 with gradient and AdamW's two moments: 16 bytes for each weight, divided by
 the ranks, so 8.4 GB each for embedding and head of a Llama-8B. The head is gathered once a micro-batch in the dtype of the
 computation, and its whole float32 gradient is on every GPU from the loss to the beginning of backward. The planner counts
