@@ -1,6 +1,6 @@
 """Prepare and train on a file larger than the memory that the program may have; prints what it took.
 
-    python scripts/larger_than_memory.py --folder /tmp/large --file_mib 1536 --limit_mib 1024
+    python scripts/larger_than_memory.py --folder /tmp/large --file_mib 1536 --limit_mib 1280
 
 The limit is the system's own (RLIMIT_DATA: everything a process allocates; pages of mapped files, which the system takes
 back when it needs them, are not counted). A process that asks for more gets an error. The train command runs twice, the
@@ -73,7 +73,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--folder", type=Path, required=True)
     parser.add_argument("--file_mib", type=int, default=1536)
-    parser.add_argument("--limit_mib", type=int, default=1024)
+    parser.add_argument("--limit_mib", type=int, default=1280)
     options = parser.parse_args()
     options.folder.mkdir(parents=True)
     rows, limit = options.folder / "rows.jsonl", options.limit_mib * MIB

@@ -98,9 +98,10 @@ def _read(path: Path) -> dict[str, Any]:
 
 
 def _published(path: Path, base_model: str | None) -> Path | bytes:
-    """Return a settings file as it is published: without folders of this machine, and with the base's given name."""
+    """Return a settings file as it is published: without folders of this machine or aliases, or with the name given."""
     content = _read(path)
-    changed = {key: model_card.without_folders(content[key]) for key in _PATHS if key in content}
+    local = {key: model_card.without_folders(content[key]) for key in _PATHS if key in content}
+    changed = {key: model_card.hub_id(str(value)) or value for key, value in local.items()}
     if base_model is not None and "base_model_name_or_path" in content:
         changed["base_model_name_or_path"] = base_model
     if changed == {key: content[key] for key in changed}:

@@ -45,7 +45,7 @@ def without_folders(value: object) -> object:
 def hub_id(name: str) -> str | None:
     """Return the hub id that a model's name stands for; None for a local one."""
     if name in ALIASES:
-        return ALIASES[name].repo
+        return ALIASES[name].repo or ALIASES[name].original
     return name if HUB_ID.fullmatch(name) else None
 
 
@@ -82,7 +82,10 @@ def body(repo: str, base: str, is_adapter: bool, record: Mapping[str, Any]) -> s
     base = str(without_folders(base))
     shown = hub_id(base) or base
     kind = f"A LoRA adapter for `{shown}`" if is_adapter else f"`{shown}` with a LoRA adapter merged into it"
-    parts = [f"# {repo.split('/')[-1]}", f"{kind}, trained with fsdp_qlora {_version(record)}.", "## Use"]
+    parts = [f"# {repo.split('/')[-1]}", f"{kind}, trained with fsdp_qlora {_version(record)}."]
+    if base in ALIASES and ALIASES[base].repo is None:
+        parts.append("In training the base was a copy of it that was made from 4-bit (GGUF) values.")
+    parts.append("## Use")
     parts.append(_usage(repo, shown, is_adapter, record.get("base", {})))
     if "result" in record:
         parts += ["## Results", _table(("", "value"), _results(record["result"]))]

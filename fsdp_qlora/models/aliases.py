@@ -18,9 +18,12 @@ class Alias:
     gated: bool = False
     """The licence must be accepted on the model page, and HF_TOKEN set, before the download."""
 
+    original: str | None = None
+    """Hub id of the model that repo=None is a copy of: published adapters name it as their base."""
+
 
 ALIASES: dict[str, Alias] = {
-    "smollm2-135m": Alias(None),
+    "smollm2-135m": Alias(None, original="HuggingFaceTB/SmolLM2-135M-Instruct"),
     "smollm2-1.7b": Alias("HuggingFaceTB/SmolLM2-1.7B-Instruct"),
     "llama-1b": Alias("meta-llama/Llama-3.2-1B-Instruct", gated=True),
     "llama-3b": Alias("meta-llama/Llama-3.2-3B-Instruct", gated=True),

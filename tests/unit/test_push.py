@@ -205,6 +205,18 @@ def test_local_base_is_named_without_its_folder(tmp_path: Path) -> None:
     assert json.loads(config)["base_model_name_or_path"] == "Qwen/Qwen3-8B"
 
 
+def test_an_alias_is_published_as_the_hub_s_model(tmp_path: Path) -> None:
+    files = collect(save_run(tmp_path / "run", base="smollm2-135m"), REPO).files
+    data, text = card_of(files)
+    config = files[CONFIG_FILE]
+    assert isinstance(config, bytes)
+    hub_id = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    assert json.loads(config)["base_model_name_or_path"] == data["base_model"] == hub_id
+    assert f"A LoRA adapter for `{hub_id}`" in text
+    assert f'base = AutoModelForCausalLM.from_pretrained("{hub_id}"' in text
+    assert "a copy of it that was made from 4-bit" in text
+
+
 def test_adapter_without_a_record(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run")
     (folder / "run.json").unlink()
@@ -216,9 +228,9 @@ def test_adapter_without_a_record(tmp_path: Path) -> None:
 
 def test_hub_datasets_are_named(tmp_path: Path) -> None:
     folder = save_run(tmp_path / "run")
-    record = {**RECORD, "config": {**RECORD["config"], "dataset": "owner/chats"}}
+    record = {**RECORD, "config": {**RECORD["config"], "dataset": "owner/chats@v1:main,own.jsonl, owner/sums::test"}}
     (folder / "run.json").write_text(json.dumps(record))
-    assert card_of(collect(folder, REPO).files)[0]["datasets"] == ["owner/chats"]
+    assert card_of(collect(folder, REPO).files)[0]["datasets"] == ["owner/chats", "owner/sums"]
 
 
 def test_secrets_do_not_enter_the_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
