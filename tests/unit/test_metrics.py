@@ -172,6 +172,21 @@ def test_a_failing_tracker_warns_once_and_the_run_goes_on(
     assert str(warning.message) == f"{name} failed and is switched off ({message}); training goes on"
 
 
+def test_the_run_s_record_waits_for_a_file_system_that_stalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics_module, "TRACKER_LIMIT_S", 0.05)
+    write = metrics_module.JsonlLogger.log
+
+    def stalls(*arguments: Any) -> None:
+        time.sleep(0.3)
+        write(*arguments)
+
+    monkeypatch.setattr(metrics_module.JsonlLogger, "log", stalls)
+    with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
+        metrics.log({"loss": 1.5}, 1)
+        metrics.log({"loss": 1.25}, 2)
+    assert [record["step"] for record in records(tmp_path)] == [1, 2]
+
+
 @pytest.mark.parametrize("hanging", ["init", "log", "finish"])
 def test_a_tracker_that_hangs_is_switched_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hanging: str) -> None:
     run, _ = install_wandb(monkeypatch, "")
