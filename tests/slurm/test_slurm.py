@@ -104,7 +104,7 @@ class Job:
         content: dict[str, Any] = json.loads((self.run / "exit.json").read_text())
         return content
 
-    def wait(self, what: str, holds: Callable[[], bool], timeout_s: float = 120) -> None:
+    def wait(self, what: str, holds: Callable[[], bool], timeout_s: float = 300) -> None:
         deadline = time.monotonic() + timeout_s
         while not holds():
             if time.monotonic() > deadline:
@@ -121,13 +121,13 @@ class Job:
         self.wait("the end", lambda: self.details["JobState"] in ended)
         return self.details["JobState"]
 
-    def wait_for_requeue(self, timeout_s: float = 120) -> dict[str, Any]:
+    def wait_for_requeue(self) -> dict[str, Any]:
         """Return exit.json of the attempt that was interrupted, and let the next one begin."""
 
         def is_back() -> bool:
             return self.details["JobState"] == "PENDING" and self.details["Restarts"] == "1"
 
-        self.wait("the queue", is_back, timeout_s)
+        self.wait("the queue", is_back)
         note = self.exit_note
         # SLURM lets requeued jobs wait for two minutes, so that the nodes have forgotten the old attempt ("credential
         # revoked" otherwise); a few seconds are enough
@@ -211,7 +211,7 @@ def test_a_preempted_job_loses_no_step(cluster: Cluster, undisturbed: dict[int, 
 def test_a_job_at_its_time_limit_goes_on_in_another(cluster: Cluster) -> None:
     # SLURM may send the signal a minute early, and the run needs some time to start
     job = cluster.submit("two nodes", "limit", "--time=3", "--signal=B:USR1@60", max_steps=100000)
-    note = job.wait_for_requeue(timeout_s=240)
+    note = job.wait_for_requeue()
     assert note["status"] == "preempted"
     assert note["step"] == note["saved_step"]
     job.wait_for_step(note["step"] + 20)
