@@ -43,7 +43,7 @@ class StepTime:
 
     Attributes:
         links, nodes: traffic within a machine, and between machines.
-        overlapped: whether copies have a stream of their own, as FSDP's have not in a world of one.
+        overlapped: whether copies have a stream of their own; in a world of one only those of recomputed blocks have.
     """
 
     compute: float
@@ -120,7 +120,7 @@ def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) 
         host=fetched / (rates.host_bandwidth * 1e9),
         links=others * gathered / (rates.link_bandwidth * 1e9),
         nodes=(num_nodes - 1) / num_nodes * crossing / (rates.node_bandwidth * 1e9),
-        overlapped=shape.num_shards > 1 or num_nodes > 1,
+        overlapped=shape.num_shards > 1 or num_nodes > 1 or again == 1,
     )
 
 
@@ -216,7 +216,11 @@ def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Reque
     context, size = longest_context(shape, budget, request), largest_batch(shape, budget, request)
     limit = " (the model's limit)" if context + CONTEXT_STEP > shape.max_positions else ""
     rate = config.nodes * config.gpus * batch.tokens / time.seconds
-    overlap = "copies overlap with computation" if time.overlapped else "copies do not overlap without shards"
+    overlap = (
+        "copies overlap with computation"
+        if time.overlapped
+        else "copies do not overlap where one rank keeps activations"
+    )
     lines = [
         f"peak: {choice.estimate.phase}",
         f"settings: {in_words(shape, choice.memory)}",

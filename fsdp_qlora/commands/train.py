@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
-from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter
+from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter, trained_step
 from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
@@ -334,7 +334,8 @@ def _say_summary(config: TrainConfig, summary: dict[str, Any], output: Path) -> 
     # of a run that went on from another folder, or had no step left to do, not all of these are known
     train_loss, *evaluations = (summary[name] for name in ("train_loss", "eval_loss_before", "eval_loss_after"))
     known = [f"{loss:.4f}" for loss in evaluations if loss is not None]
-    best_step = summary["best_step"] if config.keep_best else None
+    # not the lowest loss of the metrics: its adapter was given up where a run went on from before a later best
+    best_step = trained_step(output / BEST) if config.keep_best else None
     print(
         f"done: {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
         f" ({summary['tokens_per_second']:.0f} tok/s)"
