@@ -61,9 +61,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, grad_TD.shape[0], SCALED_ROWS):
             rows = slice(start, start + SCALED_ROWS)
             scaled[rows] = grad_TD[rows].float() * grads[0].float()
-        of_rows = (
-            ctx.reduce(of_head[0].mul_(grads[0])) if of_head else None
-        )  # in place: it is the largest tensor of a step
+        # in place, as it is the largest tensor of a step
+        of_rows = ctx.reduce(of_head[0].mul_(grads[0])) if of_head else None
         return scaled, None, None, None, of_rows, None
 
 
