@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fsdp_qlora.config import PlanConfig
+from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.distributed import compute_dtype
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.host_memory import GIB
@@ -33,8 +34,7 @@ from fsdp_qlora.plan.choice import (
 )
 from fsdp_qlora.plan.model_shape import ModelShape, model_shape
 from fsdp_qlora.plan.planner import Estimate, Run
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
-from fsdp_qlora.quant.lora import parse_modules
+from fsdp_qlora.quant.adapt import QuantSettings
 
 
 @dataclass(frozen=True)
@@ -132,7 +132,13 @@ def run(config: PlanConfig) -> None:
     """
     folder = resolve_config(config.model, config.revision)
     shape = _shape(config, folder, config.sharding)
-    batch = Run(config.batch_size, config.context_length, local_ranks=config.gpus, compiled=True)
+    batch = Run(
+        config.batch_size,
+        config.context_length,
+        local_ranks=config.gpus,
+        has_dropout=config.lora_dropout > 0,
+        compiled=True,
+    )
     wishes = config.cpu_offload, config.activation_checkpointing, config.activation_offload
     request = Request(batch, *wishes, sharded=config.sharding != "none")
     budget = Budget(int(smallest_gpu(config.gpu_memory)), int(config.cpu_memory * GIB))
@@ -177,21 +183,16 @@ def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, 
 
 def _shape(config: PlanConfig, folder: Path, sharding: str) -> ModelShape:
     num_shards = {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
-    quant = QuantSettings(double_quant=config.double_quant, num_shards=num_shards)
-    lora = LoraSettings(
-        config.lora_rank,
-        float(config.lora_rank),
-        target_modules=config.lora_target_modules,
-        modules_to_save=parse_modules(config.modules_to_save) if config.modules_to_save is not None else (),
-    )
-    return model_shape(folder, quant, lora, compute_dtype(config.precision, torch.device("cuda")))
+    quant = QuantSettings(config.quant_type, config.double_quant, num_shards=num_shards)
+    return model_shape(folder, quant, lora_settings(config), compute_dtype(config.precision, torch.device("cuda")))
 
 
 def _table(config: PlanConfig, choice: Choice, budget: Budget) -> Table:
     wanted = choice.estimate
     machines = f"{config.nodes} x " if config.nodes > 1 else ""
+    method = "DoRA" if config.use_dora else "LoRA"
     title = f"{config.model} on {machines}{config.gpus} GPU{'s' * (config.gpus > 1)}"
-    title += f": {config.batch_size} x {config.context_length} tokens, LoRA rank {config.lora_rank} (GiB)"
+    title += f": {config.batch_size} x {config.context_length} tokens, {method} rank {config.lora_rank} (GiB)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("component", min_width=28)
     table.add_column("each GPU", justify="right")

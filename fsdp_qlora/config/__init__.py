@@ -18,7 +18,7 @@ from fsdp_qlora.config.command import EvaluateConfig as EvaluateConfig
 from fsdp_qlora.config.command import GenerateConfig as GenerateConfig
 from fsdp_qlora.config.command import PlanConfig as PlanConfig
 from fsdp_qlora.config.command import ReportConfig as ReportConfig
-from fsdp_qlora.config.data import DataSettings, is_named_datasets
+from fsdp_qlora.config.data import BaseSettings, DataSettings, is_named_datasets
 from fsdp_qlora.config.export import MergeConfig as MergeConfig
 from fsdp_qlora.config.export import PushConfig as PushConfig
 from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
@@ -31,17 +31,10 @@ T = TypeVar("T")
 
 
 @dataclass(frozen=True)
-class TrainConfig(MethodSettings, DataSettings):
+class TrainConfig(BaseSettings, MethodSettings, DataSettings):
     """Settings of one fine-tuning run. The text under each field is its documentation everywhere."""
 
     # --- base weights ---
-    quant_type: Literal["nf4", "fp4", "none"] = "nf4"
-    """4-bit code of the frozen base, or none to hold it in the dtype of --precision, sharded and offloaded all the same;
-    ignored for checkpoints that are already quantised, which keep theirs."""
-
-    double_quant: bool = True
-    """Quantise the block scales too (0.37 bit per weight less); bitsandbytes' double quantisation."""
-
     quant_storage: Literal["float32", "uint8", "bfloat16", "float16"] = "float32"
     """dtype under which FSDP holds the packed bytes; float32 is exact everywhere, uint8 needs torch >= 2.12."""
 
@@ -385,6 +378,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
         Check(("overwrite", "resume"), _overwrite_what_is_resumed),
     ),
     PlanConfig: (
+        *SHAPE_CHECKS,
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("gpu_memory", "gpus"), _sizes_of_gpus),

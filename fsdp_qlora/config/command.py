@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from fsdp_qlora.config.data import DataSettings, RowSettings
+from fsdp_qlora.config.data import BaseSettings, DataSettings, RowSettings
+from fsdp_qlora.config.lora import TrainedSettings
 
 
 @dataclass(frozen=True)
@@ -91,8 +92,8 @@ class DoctorConfig:
 
 
 @dataclass(frozen=True)
-class PlanConfig:
-    """Settings of a planned run: what `plan` asks before anything is downloaded but the model's config.json."""
+class PlannedRun:
+    """A model, a machine, and the sequences of a micro-batch."""
 
     # --- model ---
     model: str
@@ -133,18 +134,12 @@ class PlanConfig:
     batch_size: int = 1
     """Sequences per GPU and micro-batch."""
 
-    lora_rank: int = 64
-    """Rank of the LoRA matrices."""
 
-    lora_target_modules: str = "all-linear"
-    """'all-linear' (every linear layer of the decoder blocks) or comma-separated names such as q_proj,v_proj."""
+@dataclass(frozen=True)
+class PlanConfig(BaseSettings, TrainedSettings, PlannedRun):
+    """Settings of a planned run: what `plan` asks before anything is downloaded but the model's config.json."""
 
-    modules_to_save: str | None = None
-    """Modules trained whole beside LoRA, as for train: embed_tokens, lm_head, or both with a comma between."""
-
-    double_quant: bool = True
-    """Quantise the block scales too; a checkpoint that is already quantised keeps its own form."""
-
+    # --- distribution and memory ---
     precision: Literal["bf16", "fp32"] = "bf16"
     """dtype of the computation."""
 

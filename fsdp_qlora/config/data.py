@@ -20,6 +20,19 @@ class ModelSettings:
 
 
 @dataclass(frozen=True)
+class BaseSettings:
+    """In which form the base is held."""
+
+    # --- base weights ---
+    quant_type: Literal["nf4", "fp4", "none"] = "nf4"
+    """4-bit code of the frozen base, or none to hold it in the dtype of --precision, sharded and offloaded all the same;
+    ignored for checkpoints that are already quantised, which keep theirs."""
+
+    double_quant: bool = True
+    """Quantise the block scales too (0.37 bit per weight less); bitsandbytes' double quantisation."""
+
+
+@dataclass(frozen=True)
 class RowSettings:
     """How a dataset becomes sequences of tokens."""
 

@@ -19,22 +19,16 @@ from fsdp_qlora.settings import Check, Rule
 
 
 @dataclass(frozen=True)
-class LoraShape:
-    """Which matrices LoRA has, and how they count."""
+class LoraMatrices:
+    """Which matrices LoRA has."""
 
     # --- LoRA ---
     lora_rank: int = 64
     """Rank of the LoRA matrices."""
 
-    lora_alpha: float = 16.0
-    """LoRA scale: updates are multiplied by lora_alpha / lora_rank."""
-
     lora_target_modules: str = ALL_LINEAR
     """'all-linear' (every linear layer of the decoder blocks), comma-separated names such as q_proj,v_proj, or a regular
     expression for whole names such as model.layers.0.self_attn.q_proj."""
-
-    use_rslora: bool = False
-    """Rank-stabilised LoRA: multiply updates by lora_alpha / sqrt(lora_rank)."""
 
     layers_to_transform: str | None = None
     """Decoder blocks that get LoRA, such as 0-15 or 0,4,8-11, counted from 0; default: all."""
@@ -42,21 +36,29 @@ class LoraShape:
     rank_pattern: str | None = None
     """Other ranks for some layers: names or regular expressions with a rank each, such as q_proj=8,down_proj=32."""
 
+
+@dataclass(frozen=True)
+class LoraShape(LoraMatrices):
+    """Which matrices LoRA has, and how they count."""
+
+    # --- LoRA ---
+    lora_alpha: float = 16.0
+    """LoRA scale: updates are multiplied by lora_alpha / lora_rank."""
+
+    use_rslora: bool = False
+    """Rank-stabilised LoRA: multiply updates by lora_alpha / sqrt(lora_rank)."""
+
     alpha_pattern: str | None = None
-    """Other lora_alpha for some layers, in the same form."""
+    """Other lora_alpha for some layers, in the form of rank_pattern."""
 
 
 @dataclass(frozen=True)
-class MethodSettings(LoraShape):
-    """What is trained beside the frozen base, and how it begins."""
+class TrainedSettings(LoraMatrices):
+    """What decides, with the size of the matrices, how much memory training takes."""
 
     # --- LoRA ---
     lora_dropout: float = 0.0
     """Dropout on the input of the LoRA branch; 0 is fastest."""
-
-    lora_init: Literal["default", "gaussian"] = "default"
-    """Initial values of lora_A: default (Kaiming-uniform, as PEFT's) or gaussian (deviation 1 / rank); lora_B starts at
-    0. For PiSSA and LoftQ see the command initialize."""
 
     use_dora: bool = False
     """DoRA: train the lengths of the rows of each matrix apart from their directions. Slower, and keeps more activations."""
@@ -64,6 +66,16 @@ class MethodSettings(LoraShape):
     modules_to_save: str | None = None
     """Modules trained whole beside LoRA and saved with it: embed_tokens, lm_head, or both with a comma between; default:
     none. Held in float32, with gradient and optimizer state, sharded over the ranks."""
+
+
+@dataclass(frozen=True)
+class MethodSettings(TrainedSettings, LoraShape):
+    """What is trained beside the frozen base, and how it begins."""
+
+    # --- LoRA ---
+    lora_init: Literal["default", "gaussian"] = "default"
+    """Initial values of lora_A: default (Kaiming-uniform, as PEFT's) or gaussian (deviation 1 / rank); lora_B starts at
+    0. For PiSSA and LoftQ see the command initialize."""
 
     loraplus_lr_ratio: float = 1.0
     """LoRA+: learning rate of lora_B (and DoRA's lengths), as a multiple of --lr; 1: the same for all."""
@@ -136,26 +148,24 @@ METHOD_SETTINGS = (*DECIDED_BY_ADAPTER, "adapter")
 """Settings that decide which matrices there are and what they compute."""
 
 
-def lora_settings(config: LoraShape) -> LoraSettings:
-    """Return the settings of new adapters."""
-    shape = LoraSettings(
+def lora_settings(config: LoraMatrices) -> LoraSettings:
+    """Return the settings of new adapters; what a command does not ask for keeps its default."""
+    lora = LoraSettings(
         config.lora_rank,
-        config.lora_alpha,
+        LoraShape.lora_alpha,
         target_modules=config.lora_target_modules,
-        use_rslora=config.use_rslora,
         layers=None if config.layers_to_transform is None else parse_layers(config.layers_to_transform),
         rank_pattern=parse_patterns(config.rank_pattern or ""),
-        alpha_pattern=parse_patterns(config.alpha_pattern or ""),
     )
-    if not isinstance(config, MethodSettings):
-        return shape
-    return replace(
-        shape,
-        dropout=config.lora_dropout,
-        init=config.lora_init,
-        use_dora=config.use_dora,
-        modules_to_save=parse_modules(config.modules_to_save) if config.modules_to_save is not None else (),
-    )
+    if isinstance(config, LoraShape):
+        alphas = parse_patterns(config.alpha_pattern or "")
+        lora = replace(lora, alpha=config.lora_alpha, use_rslora=config.use_rslora, alpha_pattern=alphas)
+    if isinstance(config, TrainedSettings):
+        whole = parse_modules(config.modules_to_save) if config.modules_to_save is not None else ()
+        lora = replace(lora, dropout=config.lora_dropout, use_dora=config.use_dora, modules_to_save=whole)
+    if isinstance(config, MethodSettings):
+        lora = replace(lora, init=config.lora_init)
+    return lora
 
 
 def _parses(parse: Callable[[str], Any]) -> Callable[[str], bool]:
@@ -206,7 +216,7 @@ def _adapter_and_its_settings(config: MethodSettings) -> str | None:
     return None
 
 
-def _layers_of_a_regex(config: LoraShape) -> str | None:
+def _layers_of_a_regex(config: LoraMatrices) -> str | None:
     if config.layers_to_transform is not None and not is_names(config.lora_target_modules):
         return (
             f"--layers_to_transform={config.layers_to_transform} with the regular expression"

@@ -57,7 +57,9 @@ class ModelShape:
         tied: whether the embedding is the same matrix.
         widths: see Widths.
         num_heads: query heads.
-        largest_weights: of the quantised matrices of a block, the only one that is dequantised at a time.
+        held: what the matrices of the blocks are: 4-bit, 16-bit or 32-bit weights.
+        largest_weights: of the quantised matrices of a block, the only one that is dequantised at a time; 0 where they are
+            held as they compute.
         largest_packed: bytes of the largest 4-bit parameter, which is one matrix, or that of all experts.
         lora_widths: sums over the LoRA layers of a block: rank, input width, and with DoRA output width.
         itemsize: bytes of the compute dtype.
@@ -74,6 +76,7 @@ class ModelShape:
     tied: bool
     widths: Widths
     num_heads: int
+    held: str
     largest_weights: int
     largest_packed: int
     lora_widths: tuple[int, int, int]
@@ -119,7 +122,8 @@ def model_shape(
     """
     stored = getattr(read_config(folder)[0], "quantization_config", None)
     if isinstance(stored, dict):
-        quant = replace(quant, double_quant=bool(stored.get("bnb_4bit_use_double_quant", False)))
+        own = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
+        quant = replace(quant, quant_type=own[0], double_quant=own[1])
     skeleton = build_skeleton(folder, dtype)
     quantize_and_adapt(skeleton, quant, lora, dtype)
     whole = whole_modules(lora, skeleton.tied)
@@ -144,7 +148,8 @@ def model_shape(
         tied=skeleton.tied,
         widths=_widths(skeleton),
         num_heads=config.num_attention_heads,
-        largest_weights=max(layout.num_weights for layout in layouts),
+        held="4-bit weights" if quant.is_4bit else f"{8 * dtype.itemsize}-bit weights",
+        largest_weights=max((layout.num_weights for layout in layouts if layout.dense_dtype != dtype), default=0),
         largest_packed=max(layout.padded_bytes for layout in layouts),
         lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
         itemsize=dtype.itemsize,

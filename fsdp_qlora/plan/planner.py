@@ -163,7 +163,7 @@ def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
     resident = itertools.compress(shape.blocks, [not away for away in offloaded])
     frozen = sum(block.frozen_part for block in shape.blocks) + 2 * shape.norm_part
     resting: dict[str, float] = {
-        "4-bit weights": sum(block.packed_part for block in resident) + frozen,
+        shape.held: sum(block.packed_part for block in resident) + frozen,
         "embedding and head": 0 if memory.offload_vocabulary else shape.vocabulary_part,
         "LoRA": lora,
         "optimizer state": 2 * trained,
@@ -261,7 +261,7 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
     trained, trained_part = (sum(parts) for parts in zip(*matrices, shape.trained_rows, strict=True))
     lora_and_rows = lora + (shape.trained_rows[1] if memory.offload_vocabulary else 0)
     sizes = {
-        "4-bit weights": ranks * sum(block.packed_part for block in offloaded),
+        shape.held: ranks * sum(block.packed_part for block in offloaded),
         "embedding and head": ranks * shape.vocabulary_part if memory.offload_vocabulary else 0,
         "LoRA": ranks * lora,
         "gradients": ranks * lora_and_rows,

@@ -83,10 +83,10 @@ def budget(gpu: float, host: float) -> Budget:
 # --- counts ---
 
 
-def counted(folder: Path, lora: LoraSettings) -> tuple[int, int, int, int, int]:
+def counted(folder: Path, lora: LoraSettings, quant_type: str) -> tuple[int, int, int, int, int]:
     """Load a model and return, for this rank: its place, bytes of 4-bit, frozen and LoRA parameters, and vocabulary."""
     with process_group("full", 60, device="cpu") as ranks:
-        quant = QuantSettings(num_shards=ranks.num_shards)
+        quant = QuantSettings(quant_type, num_shards=ranks.num_shards)
         built = build_model(folder, ranks, quant, lora, torch.bfloat16)
         sums = {"packed": 0, "lora": 0, "frozen": 0, "vocabulary": 0}
         vocabularies = {module.weight for module in built.root.modules() if isinstance(module, ShardedVocabulary)}
@@ -121,26 +121,27 @@ def test_trained_vocabulary_is_counted(folders: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize(
-    ("family", "world_size", "modules"),
+    ("family", "world_size", "settings", "quant_type"),
     [
-        ("llama", 1, ()),
-        ("llama", 2, ()),
-        ("llama", 2, ("lm_head",)),
-        ("llama", 2, ("embed_tokens", "lm_head")),
-        ("qwen3", 2, ()),
-        ("qwen3", 2, ("embed_tokens",)),
-        ("qwen3_moe", 1, ()),
-        ("qwen3_moe", 2, ()),
+        ("llama", 1, {}, "nf4"),
+        ("llama", 2, {}, "nf4"),
+        ("llama", 2, {"modules_to_save": ("lm_head",)}, "nf4"),
+        ("llama", 2, {"modules_to_save": ("embed_tokens", "lm_head")}, "nf4"),
+        ("llama", 2, {"use_dora": True}, "none"),
+        ("qwen3", 2, {}, "nf4"),
+        ("qwen3", 2, {"modules_to_save": ("embed_tokens",)}, "nf4"),
+        ("qwen3_moe", 1, {}, "nf4"),
+        ("qwen3_moe", 2, {"use_dora": True}, "fp4"),
     ],
 )
 def test_shape_counts_what_a_loaded_rank_holds(
-    family: str, world_size: int, modules: tuple[str, ...], tmp_path: Path
+    family: str, world_size: int, settings: dict[str, Any], quant_type: str, tmp_path: Path
 ) -> None:
     folder = save_tiny(family, tmp_path / "model", vocab_size=321)
     # 3 rows of lora_A and 321 of the vocabulary: the ranks' parts differ
-    lora = LoraSettings(3, 16.0, modules_to_save=modules)
-    for shard, *bytes_held in run_ranks(counted, world_size, folder, lora):
-        shape = model_shape(folder, QuantSettings(num_shards=world_size), lora, torch.bfloat16, shard)
+    lora = LoraSettings(3, 16.0, **settings)
+    for shard, *bytes_held in run_ranks(counted, world_size, folder, lora, quant_type):
+        shape = model_shape(folder, QuantSettings(quant_type, num_shards=world_size), lora, torch.bfloat16, shard)
         sums = [sum(getattr(block, f"{kind}_part") for block in shape.blocks) for kind in ("packed", "frozen", "lora")]
         sums[1] += shape.norm_part
         assert [*sums, shape.vocabulary_part] == bytes_held
@@ -173,9 +174,25 @@ def test_a_quantised_checkpoint_keeps_its_own_statistics(tmp_path: Path) -> None
         content = json.loads((folder / "config.json").read_text())
         content["quantization_config"] = {"quant_method": "bitsandbytes", "bnb_4bit_use_double_quant": double_quant}
         (folder / "config.json").write_text(json.dumps(content))
-        shape = model_shape(folder, QuantSettings(double_quant=True), LoraSettings(4, 16.0), torch.bfloat16)
+        shape, asked = (
+            model_shape(folder, QuantSettings(quant_type), LoraSettings(4, 16.0), torch.bfloat16)
+            for quant_type in ("nf4", "none")
+        )
+        assert asked == shape
         sizes.append(shape.blocks[0].packed)
     assert sizes[0] < sizes[1]
+
+
+def test_a_base_in_16_bits_is_read_as_it_is_held(folders: dict[str, Path]) -> None:
+    """Two bytes a weight, and no second copy of a matrix while it is used."""
+    lora, found = LoraSettings(16, 16.0), []
+    for quant_type in ("nf4", "none"):
+        shape = model_shape(folders["8b"], QuantSettings(quant_type), lora, torch.bfloat16)
+        found.append(estimate(shape, Run(1, 2048, MemorySettings(checkpoint_blocks=32))))
+        assert (shape.largest_weights > 0) == (quant_type == "nf4")
+    (nf4, dense), weights = found, sum(block.num_weights for block in shape.blocks)
+    assert dense.gpu["16-bit weights"] == 2 * weights + sum(b.frozen_part for b in shape.blocks) + 2 * shape.norm_part
+    assert dense.gpu["16-bit weights"] > 3.8 * nf4.gpu["4-bit weights"]
 
 
 def test_70b_has_the_size_that_is_known(shape_of) -> None:
@@ -418,6 +435,13 @@ def test_plan_prints_table_choice_limits_time_and_verdict(
         assert part in out
     assert all(len(line) <= 120 for line in out.splitlines())
     assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_knows_the_methods_of_training(folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--model", str(folders["8b"]), "--gpu_memory=80", "--lora_rank=16", "--use_dora", "--quant_type=none")
+    out = capsys.readouterr().out
+    for part in ("DoRA rank 16", "16-bit weights                    13.00", "verdict: fits, with "):
+        assert part in out
 
 
 def test_plan_of_a_hopeless_run_ends_with_2_and_the_remedy(
