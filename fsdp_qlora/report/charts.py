@@ -100,14 +100,14 @@ def _draw(title: str, series: Sequence[Series], palette: Sequence[str], theme: t
             axes.plot(
                 one.steps, one.values, color=colour, linestyle=dashes, marker=marker, markersize=3, label=one.label
             )
-    axes.set_title(title, color=ink, fontsize=10, loc="left", fontweight="bold")
-    axes.set_xlabel("step", color=faint, fontsize=9)
-    axes.tick_params(labelsize=9, colors=faint, length=0)
+    axes.set_title(title, color=ink, fontsize=12, loc="left", fontweight="bold")
+    axes.set_xlabel("step", color=faint, fontsize=11)
+    axes.tick_params(labelsize=11, colors=faint, length=0)
     axes.grid(color=line, linewidth=0.7)
     axes.set_axisbelow(True)
     axes.spines[:].set_visible(False)
     axes.locator_params(axis="x", integer=True, nbins=6)
     axes.locator_params(axis="y", nbins=6)
     if len(series) > 1:
-        axes.legend(fontsize=8, labelcolor=ink, frameon=False)
+        axes.legend(fontsize=11, labelcolor=ink, frameon=False)
     return figure
