@@ -91,6 +91,9 @@ def build_skeleton(folder: Path, dtype: torch.dtype, attention: str = ATTENTION)
     """
     config, family = read_config(folder)
     config.use_cache = False
+    for name in config.to_dict():
+        if name.endswith(("dropout", "pdrop")):
+            setattr(config, name, 0.0)  # for pre-training; a block that runs again in backward would draw other masks
     if hasattr(config, "quantization_config"):
         del config.quantization_config
     # Buffers (rotary tables, embedding scales) are not in checkpoints, so they are built for real; parameters are not.

@@ -56,6 +56,15 @@ def test_parameters_are_those_of_the_checkpoint(folder: Path) -> None:
     assert len(skeleton.blocks) == reference.config.num_hidden_layers
 
 
+def test_dropout_of_the_base_is_off(tmp_path: Path) -> None:
+    """A recomputed block would draw other masks than in forward."""
+    folder = save_tiny("phi3", tmp_path, resid_pdrop=0.5, attention_dropout=0.5)
+    skeleton = build_skeleton(folder, torch.float32)
+    rates = [module.p for module in skeleton.model.modules() if isinstance(module, torch.nn.Dropout)]
+    assert rates
+    assert not any([*rates, skeleton.config.attention_dropout])
+
+
 def test_uses_packed_attention_without_cache(folder: Path) -> None:
     config = build_skeleton(folder, torch.float32).config
     assert config._attn_implementation == ATTENTION
