@@ -10,17 +10,17 @@ import threading
 import time
 import warnings
 from collections.abc import Callable
+from concurrent.futures import Future, wait
 from pathlib import Path
+from queue import SimpleQueue
 from types import TracebackType
-from typing import Any, Protocol, TextIO, TypeVar
+from typing import Any, Protocol, TextIO
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from fsdp_qlora.config import TrainConfig
-
-T = TypeVar("T")
 
 TRACKER_LIMIT_S = 60
 """How long a tracker may hold up training before it is switched off."""
@@ -119,6 +119,46 @@ class TensorboardLogger:
         self._writer.close()
 
 
+class InThread:
+    """A tracker whose calls all run in one thread: some wait for a network forever, some keep what they need per thread.
+
+    Raises:
+        TimeoutError: making the tracker, or a call, took longer than TRACKER_LIMIT_S.
+    """
+
+    def __init__(self, make: Callable[[], Logger]) -> None:
+        self._calls: SimpleQueue[tuple[Callable[[], Any], Future[Any]]] = SimpleQueue()
+        threading.Thread(target=self._work, daemon=True, name="tracker").start()
+        self._tracker: Logger = self._call(make)
+
+    def log(self, record: dict[str, Any], step: int) -> None:
+        """Have the tracker take a record."""
+        self._call(lambda: self._tracker.log(record, step))
+
+    def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
+        """Have the tracker take answers."""
+        self._call(lambda: self._tracker.log_samples(samples, step))
+
+    def close(self) -> None:
+        """Have the tracker finish."""
+        self._call(lambda: self._tracker.close())
+
+    def _call(self, action: Callable[[], Any]) -> Any:
+        answer: Future[Any] = Future()
+        self._calls.put((action, answer))
+        if not wait([answer], TRACKER_LIMIT_S).done:
+            raise TimeoutError(f"no answer in {TRACKER_LIMIT_S} s")
+        return answer.result()
+
+    def _work(self) -> None:
+        while True:
+            action, answer = self._calls.get()
+            try:
+                answer.set_result(action())
+            except Exception as error:  # raised again in the thread that asked
+                answer.set_exception(error)
+
+
 LOGGERS: dict[str, Callable[[TrainConfig, dict[str, Any]], Logger]] = {
     "wandb": WandbLogger,
     "tensorboard": TensorboardLogger,
@@ -140,18 +180,19 @@ class Metrics:
     def __init__(
         self, config: TrainConfig, settings: dict[str, Any], num_steps: int, enabled: bool, resumed: bool = False
     ) -> None:
-        self._sinks: list[Logger] = []
+        self._sinks: dict[str, Logger] = {}
         self._progress: Progress | None = None
         self._save_steps = config.save_steps
         self.enabled = enabled
         if not enabled:
             return
-        self._sinks.append(JsonlLogger(Path(config.output_dir) / "metrics.jsonl", resumed))
-        for name in config.log_to.split(",") if config.log_to != "none" else []:
+        # The run's own record waits for a file system that stalls; --step_timeout_s ends what never moves.
+        self._sinks["metrics.jsonl"] = JsonlLogger(Path(config.output_dir) / "metrics.jsonl", resumed)
+        for name in map(str.strip, config.log_to.split(",") if config.log_to != "none" else []):
             try:
-                self._sinks.append(_in_time(functools.partial(LOGGERS[name.strip()], config, settings)))
+                self._sinks[name] = InThread(functools.partial(LOGGERS[name], config, settings))
             except Exception as error:  # a tracker may fail in any way of its own; the run goes on
-                self._warn(name.strip(), error)
+                self._warn(name, error)
         if sys.stderr.isatty():
             self._progress = Progress(
                 TextColumn("step"),
@@ -173,18 +214,15 @@ class Metrics:
     ) -> None:
         if self._progress is not None:
             self._progress.stop()
-        for sink in list(self._sinks):
-            self._safely(sink, lambda sink=sink: sink.close())
+        self._everywhere(lambda sink: sink.close())
 
     def log(self, record: dict[str, Any], step: int) -> None:
         """Send a record of numbers to every sink."""
-        for sink in list(self._sinks):
-            self._safely(sink, lambda sink=sink: sink.log(record, step))
+        self._everywhere(lambda sink: sink.log(record, step))
 
     def log_samples(self, samples: list[dict[str, str]], step: int) -> None:
         """Send answers to every sink and show them."""
-        for sink in list(self._sinks):
-            self._safely(sink, lambda sink=sink: sink.log_samples(samples, step))
+        self._everywhere(lambda sink: sink.log_samples(samples, step))
         for sample in samples:
             self.show(f"step {step}: {sample['prompt']!r} -> {sample['answer']!r}")
 
@@ -210,15 +248,14 @@ class Metrics:
             f"  lr {record['lr']:.2e}  {rate}  {seconds_left / 60:.1f} min left"
         )
 
-    def _safely(self, sink: Logger, action: Any) -> None:
-        try:
-            if isinstance(sink, JsonlLogger):
-                action()  # the run's own record waits for a file system that stalls; --step_timeout_s ends what never moves
-            else:
-                _in_time(action)
-        except Exception as error:  # see above
-            self._warn(type(sink).__name__, error)
-            self._sinks.remove(sink)
+    def _everywhere(self, action: Callable[[Logger], None]) -> None:
+        """Do it with every sink; one that fails is left out from then on."""
+        for name, sink in list(self._sinks.items()):
+            try:
+                action(sink)
+            except Exception as error:  # see above
+                self._warn(name, error)
+                del self._sinks[name]
 
     def _warn(self, name: str, error: Exception) -> None:
         warnings.warn(
@@ -229,24 +266,3 @@ class Metrics:
 def memory_gib(device: torch.device) -> float:
     """Return the peak GPU memory reserved by this process in GiB, 0 on the CPU."""
     return torch.cuda.max_memory_reserved(device) / 2**30 if device.type == "cuda" else 0.0
-
-
-def _in_time(action: Callable[[], T]) -> T:
-    """Return what an action returns; TimeoutError if it takes longer than a tracker may: some wait for a network forever."""
-    found: list[T] = []
-    failed: list[Exception] = []
-
-    def act() -> None:
-        try:
-            found.append(action())
-        except Exception as error:  # raised again below, in the thread that asked
-            failed.append(error)
-
-    thread = threading.Thread(target=act, daemon=True, name="tracker")
-    thread.start()
-    thread.join(TRACKER_LIMIT_S)
-    if failed:
-        raise failed[0]
-    if not found:
-        raise TimeoutError(f"no answer in {TRACKER_LIMIT_S} s")
-    return found[0]

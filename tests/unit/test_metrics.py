@@ -152,15 +152,15 @@ def install_wandb(monkeypatch: pytest.MonkeyPatch, failing: str) -> tuple[FakeRu
 
 
 @pytest.mark.parametrize(
-    ("failing", "name", "message"),
+    ("failing", "message"),
     [
-        ("init", "wandb", "ConnectionError: cannot reach api.wandb.ai"),
-        ("log", "WandbLogger", "RuntimeError: the connection broke"),
-        ("finish", "WandbLogger", "TimeoutError: no answer"),
+        ("init", "ConnectionError: cannot reach api.wandb.ai"),
+        ("log", "RuntimeError: the connection broke"),
+        ("finish", "TimeoutError: no answer"),
     ],
 )
 def test_a_failing_tracker_warns_once_and_the_run_goes_on(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, name: str, message: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, failing: str, message: str
 ) -> None:
     run, _ = install_wandb(monkeypatch, failing)
     with warnings.catch_warnings(record=True) as caught:
@@ -169,7 +169,7 @@ def test_a_failing_tracker_warns_once_and_the_run_goes_on(
     assert [record["step"] for record in records(tmp_path)] == [1, 2, 3]
     assert run.logged == {"init": 0, "log": 1, "finish": 3}[failing]
     (warning,) = caught
-    assert str(warning.message) == f"{name} failed and is switched off ({message}); training goes on"
+    assert str(warning.message) == f"wandb failed and is switched off ({message}); training goes on"
 
 
 def test_the_run_s_record_waits_for_a_file_system_that_stalls(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -207,6 +207,17 @@ def log_three_steps(config: TrainConfig) -> None:
             metrics.log({"loss": 1.0}, step)
 
 
+def test_a_tracker_lives_in_one_thread(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Some libraries keep the current run per thread, and begin another one in each."""
+    run, _ = install_wandb(monkeypatch, "")
+    threads: set[int] = set()
+    monkeypatch.setattr(sys.modules["wandb"], "init", lambda **_: threads.add(threading.get_ident()) or run)
+    monkeypatch.setattr(run, "log", lambda *_, **__: threads.add(threading.get_ident()), raising=False)
+    monkeypatch.setattr(run, "finish", lambda: threads.add(threading.get_ident()), raising=False)
+    log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="wandb"))
+    assert len(threads - {threading.get_ident()}) == len(threads) == 1
+
+
 def test_tensorboard(tmp_path: Path) -> None:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -232,7 +243,7 @@ def test_answers_are_logged_everywhere(
 
 def test_several_trackers_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run, _ = install_wandb(monkeypatch, "log")
-    with pytest.warns(UserWarning, match="WandbLogger failed and is switched off"):
+    with pytest.warns(UserWarning, match="wandb failed and is switched off"):
         log_three_steps(TrainConfig(output_dir=str(tmp_path), log_to="wandb, tensorboard"))
     assert run.logged == 1
     assert list((tmp_path / "tensorboard").glob("events.*")), "the others go on"
@@ -272,7 +283,7 @@ def test_a_full_disk_does_not_stop_training(tmp_path: Path) -> None:
         pytest.skip("needs /dev/full")
     (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
     with Metrics(TrainConfig(output_dir=str(tmp_path)), {}, 2, enabled=True) as metrics:
-        with pytest.warns(UserWarning, match="JsonlLogger failed and is switched off .*No space left"):
+        with pytest.warns(UserWarning, match="metrics.jsonl failed and is switched off .*No space left"):
             metrics.log({"loss": 1.0}, 1)
         metrics.log({"loss": 1.0}, 2)
 
