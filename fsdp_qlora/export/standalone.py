@@ -1,11 +1,11 @@
-"""What `quantize` and `merge` share: a checkpoint to read, and the folder of a new one that stands on its own."""
+"""What the commands that write a model share: a checkpoint to read, and the folder of a new one that stands on its own."""
 
 from __future__ import annotations
 
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -149,12 +149,14 @@ class Target:
         identity: what its content depends on, JSON: a killed run of the same identity is finished.
         max_shard_size: as 5GB.
         overwrite: replace what is there.
+        metadata: noted in the header of every weight file.
     """
 
     folder: Path
     identity: Mapping[str, Any]
     max_shard_size: str
     overwrite: bool
+    metadata: Mapping[str, str] = field(default_factory=dict)
 
 
 def write_checkpoint(
@@ -184,7 +186,8 @@ def write_checkpoint(
                 f"{folder}: {wanted / 1e9:.1f} GB are to be written and {free / 1e9:.1f} GB are free; free space or"
                 " choose another --output_dir"
             )
-        written = write_shards(folder, parts, size_in_bytes(target.max_shard_size), target.identity, say)
+        size = size_in_bytes(target.max_shard_size)
+        written = write_shards(folder, parts, size, target.identity, say, target.metadata)
         for name, path in side_files.items():
             write_file(folder / name, path.read_bytes())
         complete(folder, config)

@@ -70,7 +70,8 @@ class Written:
 class _ShardFile:
     """One safetensors file whose tensors arrive in any order, in runs."""
 
-    def __init__(self, path: Path, slots: Sequence[Slot]) -> None:
+    def __init__(self, path: Path, slots: Sequence[Slot], metadata: Mapping[str, str]) -> None:
+        self.metadata = {"format": "pt", **metadata}
         self.path, self.partial = path, path.with_name(path.name + ".partial")
         # readers want each tensor at a multiple of its item size; texts come last because only they can shift
         self.slots = sorted(slots, key=lambda slot: (slot.shape is None, -slot.dtype.itemsize))
@@ -88,7 +89,7 @@ class _ShardFile:
         self.file = self.partial.open("wb")
 
     def _header(self, text_bytes: Mapping[str, int]) -> bytes:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        header: dict[str, Any] = {"__metadata__": self.metadata}
         position = self.fixed_bytes
         for slot in self.slots:
             shape, start = slot.shape, self.offsets[slot.name]
@@ -187,7 +188,12 @@ def begin(folder: Path, identity: Mapping[str, Any], overwrite: bool) -> int:
 
 
 def write_shards(
-    folder: Path, parts: Sequence[Part], shard_bytes: int, identity: Mapping[str, Any], say: Callable[[str], None]
+    folder: Path,
+    parts: Sequence[Part],
+    shard_bytes: int,
+    identity: Mapping[str, Any],
+    say: Callable[[str], None],
+    metadata: Mapping[str, str] | None = None,
 ) -> Written:
     """Write the weight files and their index, keeping those that an earlier run of the same identity completed.
 
@@ -197,6 +203,7 @@ def write_shards(
         shard_bytes: size at which a new file is begun.
         identity: what the content depends on; JSON.
         say: receives lines of progress.
+        metadata: noted in the header of every file.
 
     Raises:
         OSError: the folder cannot be written.
@@ -212,7 +219,7 @@ def write_shards(
             say(f"{name}: complete and verified, kept")
             done, kept, size = done + sum(part.size_bytes for part in shard), kept + 1, size + path.stat().st_size
             continue
-        file = _ShardFile(path, [slot for part in shard for slot in part.slots])
+        file = _ShardFile(path, [slot for part in shard for slot in part.slots], metadata or {})
         for part in shard:
             part.make(file.write)
             done += part.size_bytes
