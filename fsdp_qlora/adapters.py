@@ -40,14 +40,19 @@ UNSUPPORTED = (
 """Fields of PEFT's LoraConfig that change what an adapter computes, or which of its matrices count."""
 
 
-def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
-    """Return a whole parameter on the CPU; every rank must take part."""
+def gather(parameter: Tensor, device: torch.device) -> Tensor:
+    """Return a whole parameter, on the device if it is sharded; every rank must take part."""
     value = parameter.detach()
     if isinstance(value, DTensor):
         moved = value.to(device)
         assert isinstance(moved, DTensor)
         value = moved.full_tensor()
-    return value.to("cpu", copy=True)  # a copy also where it already is there: training goes on while it is written
+    return value
+
+
+def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
+    """Return a copy of a whole parameter on the CPU, where it stays as it is; every rank must take part."""
+    return gather(parameter, device).to("cpu", copy=True)
 
 
 def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
@@ -161,9 +166,10 @@ def write_adapter(
 
 
 def trained_step(folder: Path) -> int | None:
-    """Return the optimizer step whose adapter a folder holds; None if there is none, or it does not say."""
+    """Return the optimizer step whose adapter or model a folder holds; None if there is none, or it does not say."""
+    path = min(folder.glob("model*.safetensors"), default=folder / WEIGHTS_FILE)
     try:
-        with safe_open(folder / WEIGHTS_FILE, framework="pt") as file:
+        with safe_open(path, framework="pt") as file:
             step = (file.metadata() or {}).get(STEP)
     except (OSError, SafetensorError):
         return None

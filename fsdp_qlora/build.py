@@ -57,8 +57,10 @@ class BuiltModel:
     quant: QuantSettings
 
     @property
-    def fingerprint(self) -> str:
-        """One number for the whole 4-bit base, the same for every world size."""
+    def fingerprint(self) -> str | None:
+        """One number for the whole frozen base, the same for every world size; None where there is none."""
+        if not self.report.fingerprints:
+            return None
         total = sum(value * (2 * position + 1) for position, value in enumerate(self.report.fingerprints.values()))
         return f"{total % 2**64:016x}"
 
@@ -92,6 +94,7 @@ def build_model(
     shard: bool = True,
     attention: str = ATTENTION,
     broadcast: bool = False,
+    full: bool = False,
 ) -> BuiltModel:
     """Build the model of a checkpoint folder and load this rank's shards.
 
@@ -106,6 +109,7 @@ def build_model(
         shard: hand the parameters to FSDP, as training does.
         attention: transformers' name of the attention implementation.
         broadcast: read only one of several copies of the base, and send it to the ranks that hold the others.
+        full: train every parameter, held in float32; `quant`, `lora` and `adapter` are for frozen bases.
 
     Raises:
         ModelError: unsupported model, or a LoRA target that matches nothing.
@@ -123,7 +127,8 @@ def build_model(
             adapter = {name: value for name, value in adapter.items() if name != VOCABULARY["lm_head"]}
         if adapter is not None:
             check_layers(adapter, layers)
-        quant = detect_quantization(reader, [name + ".weight" for name in layers], quant).held(dtype)
+        quant = detect_quantization(reader, [name + ".weight" for name in layers], quant)
+        quant = quant.held(torch.float32 if full else dtype)
         parallelized = parallelize(
             skeleton,
             ranks,
@@ -133,6 +138,7 @@ def build_model(
             memory or MemorySettings(),
             compiled=compiled,
             shard=shard,
+            full=full,
         )
         if reads_base(ranks, broadcast):
             check_tensors(reader, parallelized.root, parallelized.names)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.activation_checkpointing import Block, HiddenStore
@@ -18,17 +18,22 @@ from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.host_memory import HostArena
 from fsdp_qlora.loss import chunked_cross_entropy, count_correct
+from fsdp_qlora.masters import train_everything
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers, quantize_and_adapt
 from fsdp_qlora.quant.experts import QuantizedExperts
-from fsdp_qlora.quant.linear import ADAPTER_PARTS, LoRALinear
+from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
 from fsdp_qlora.weight_stream import WeightStream
 
 
 class LossModel(nn.Module):
-    """The root that FSDP sees: tokens in, sum of token losses out."""
+    """The root that FSDP sees: tokens in, sum of token losses out.
+
+    Attributes:
+        masters: in full fine-tuning, the name in transformers' model of every parameter, its module and its name there.
+    """
 
     def __init__(self, skeleton: Skeleton) -> None:
         super().__init__()
@@ -37,6 +42,7 @@ class LossModel(nn.Module):
         self.softcap, self.logit_scale = skeleton.logit_softcap, skeleton.logit_scale
         self.adapter_prefix = skeleton.family.adapter_prefix
         self.balance: RouterBalance | None = None
+        self.masters: tuple[tuple[str, nn.Module, str], ...] = ()
 
     def forward(
         self,
@@ -120,7 +126,7 @@ class MemorySettings:
     Attributes:
         offload_blocks: decoder blocks whose 4-bit weights rest in pinned CPU memory.
         offload_vocabulary: whether embedding and head rest there.
-        offload_lora: whether the LoRA matrices of the offloaded blocks, with gradients and optimizer state, rest there.
+        offload_lora: whether what is trained in the offloaded blocks, with gradients and optimizer state, rests there.
         checkpoint_blocks: decoder blocks that backward runs again instead of keeping their activations.
         offload_activations: whether the inputs of those blocks wait for backward in pinned CPU memory.
     """
@@ -164,6 +170,7 @@ def parallelize(
     *,
     compiled: bool = False,
     shard: bool = True,
+    full: bool = False,
 ) -> Parallelized:
     """Apply, in this order: quantise -> adapt -> compile -> activation checkpointing -> shard. All on the meta device.
 
@@ -172,13 +179,18 @@ def parallelize(
         memory: what rests where, and what is computed again.
         compiled: compile each block with torch.compile; equal blocks share the compiled code.
         shard: hand the parameters to FSDP; without, the model is a plain one (for generation in one process).
+        full: instead of quantising and adapting, train every parameter; needs FSDP.
 
     Raises:
         ModelError: a LoRA target that matches nothing, or modules_to_save that cannot be trained.
         ConfigError: a quant_storage that FSDP would corrupt.
     """
-    quantize_and_adapt(skeleton, quant, lora, dtype)
-    whole = whole_modules(lora, skeleton.tied)
+    if full:
+        train_everything(skeleton)
+        whole = tuple(VOCABULARY.values())
+    else:
+        quantize_and_adapt(skeleton, quant, lora, dtype)
+        whole = whole_modules(lora, skeleton.tied)
     if not shard:
         names = {module: name for name, module in skeleton.model.named_modules()}
         root = LossModel(skeleton)
@@ -193,23 +205,34 @@ def parallelize(
     weights = WeightStream(streamed, ranks.device)
     for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
         block = blocks[index]
-        last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear else None
+        last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear and not full else None
         assert last is None or isinstance(last, LoRALinear | QuantizedExperts)
         if compiled:
             # All blocks share their compiled code, which has a version for each kind of block, mode and shape; at PyTorch's
             # limit of 8 the rest of them would run uncompiled without an error.
             torch._dynamo.config.recompile_limit = COMPILED_VERSIONS
             block.compile()
-        if ranks.num_shards == 1 and checkpointed and offload[index]:
+        if ranks.num_shards == 1 and checkpointed and offload[index] and not full:
             streamed[index] = [(layer, "packed") for layer in packed_layers(block)]
         arriving = weights if index in streamed else None
         blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random, arriving)
     root = LossModel(skeleton)
-    offloaded = _fully_shard(root, blocks, ranks, memory)
+    if full:
+        owned = (
+            (name, module, own) for module, name in names.items() for own, _ in module.named_parameters(recurse=False)
+        )
+        root.masters = tuple((f"{name}.{own}", module, own) for name, module, own in owned)
+    offloaded = _fully_shard(root, blocks, ranks, memory, _policy(dtype) if full else MixedPrecisionPolicy())
     if memory.offload_vocabulary:
         offloaded |= {(skeleton.embedding, "weight"), (skeleton.vocabulary, "weight")}
     units = [skeleton.embedding, *blocks, *([] if skeleton.tied else [skeleton.vocabulary]), root]
     return Parallelized(root, units, names, offloaded)
+
+
+def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:
+    """Return how float32 masters are gathered and their gradients summed; for a frozen base, whose bytes it would destroy,
+    there must be none."""
+    return MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32, cast_forward_inputs=False)
 
 
 def _shard_vocabulary(skeleton: Skeleton, ranks: Ranks, trained: tuple[str, ...]) -> None:
@@ -232,12 +255,9 @@ def _shard_vocabulary(skeleton: Skeleton, ranks: Ranks, trained: tuple[str, ...]
 
 
 def _fully_shard(
-    root: LossModel, blocks: nn.ModuleList, ranks: Ranks, memory: MemorySettings
+    root: LossModel, blocks: nn.ModuleList, ranks: Ranks, memory: MemorySettings, policy: MixedPrecisionPolicy
 ) -> set[tuple[nn.Module, str]]:
-    """Make every block and the root (final norm) an FSDP unit; return the parameters that rest in CPU memory.
-
-    Parameters keep their dtypes (no MixedPrecisionPolicy): a policy that casts would destroy packed bytes.
-    """
+    """Make every block and the root (final norm) an FSDP unit; return the parameters that rest in CPU memory."""
     vocabularies = [module for module in root.modules() if isinstance(module, ShardedVocabulary)]
     offloaded: set[tuple[nn.Module, str]] = set()
     for block, offload in zip(blocks, spread(memory.offload_blocks, len(blocks)), strict=True):
@@ -246,11 +266,12 @@ def _fully_shard(
         packed = {(layer, "packed") for layer in packed_layers(block)}
         # Unsharded weights that stay on the device, or that a WeightStream brings, would only be copied by FSDP.
         plain = ranks.num_shards == 1 and (not offload or block.weights is not None)
-        fully_shard(block, mesh=ranks.mesh, ignored_params={layer.packed for layer, _ in packed} if plain else None)
+        ignored = {layer.packed for layer, _ in packed} if plain else None
+        fully_shard(block, mesh=ranks.mesh, ignored_params=ignored, mp_policy=policy)
         if offload:
-            names = ("packed", *ADAPTER_PARTS) if memory.offload_lora else ("packed",)
-            offloaded |= packed | _offload(block, names, ranks)
-    fully_shard(root, mesh=ranks.mesh, ignored_params={vocabulary.weight for vocabulary in vocabularies})
+            offloaded |= packed | _offload(block, memory.offload_lora, ranks)
+    ignored = {vocabulary.weight for vocabulary in vocabularies}
+    fully_shard(root, mesh=ranks.mesh, ignored_params=ignored, mp_policy=policy)
     register_fsdp_forward_method(root, "next_tokens")
     for module in root.modules():
         if isinstance(module, FSDPModule):
@@ -264,8 +285,8 @@ def _fully_shard(
     return offloaded
 
 
-def _offload(block: nn.Module, names: tuple[str, ...], ranks: Ranks) -> set[tuple[nn.Module, str]]:
-    """Let the named parameters of an FSDP unit rest in CPU memory, and return them.
+def _offload(block: nn.Module, trained: bool, ranks: Ranks) -> set[tuple[nn.Module, str]]:
+    """Let the 4-bit parameters of an FSDP unit rest in CPU memory, and the trained ones if asked for; return them.
 
     FSDP's CPUOffloadPolicy is for whole units and its bookkeeping for parameters; only the latter can leave the small LoRA
     matrices and their optimizer state on the GPU.
@@ -276,7 +297,7 @@ def _offload(block: nn.Module, names: tuple[str, ...], ranks: Ranks) -> set[tupl
     offloaded = set()
     for parameter in group.fsdp_params:
         info = parameter._module_info
-        if info.param_name in names:
+        if info.param_name == "packed" or (trained and parameter.sharded_param.requires_grad):
             offloaded.add((info.module, info.param_name))
             parameter.offload_to_cpu = True
             parameter.pin_memory = ranks.device.type == "cuda"

@@ -50,9 +50,9 @@ class Checkpoint:
     folder: Path
     manifest: Manifest
 
-    def adapter(self) -> dict[str, Tensor]:
-        """Return the trained matrices, as the loader of weights takes them."""
-        return read_adapter(self.folder / "adapter")[1]
+    def adapter(self) -> dict[str, Tensor] | None:
+        """Return the trained matrices, as the loader of weights takes them; None in full fine-tuning."""
+        return read_adapter(self.folder / "adapter")[1] if (self.folder / "adapter").is_dir() else None
 
 
 def rank_file(rank: int) -> str:
@@ -62,6 +62,9 @@ def rank_file(rank: int) -> str:
 
 def trainable(root: LossModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield name and parameter of all that is trained, in the same order on every rank."""
+    if root.masters:
+        yield from ((name, getattr(module, own)) for name, module, own in root.masters)
+        return
     for linear in lora_linears(root):
         for part, parameter in linear.adapter():
             yield f"{linear.name}.{part}", parameter
@@ -191,7 +194,7 @@ def restore(
     ranks: Ranks,
     say: Say,
 ) -> None:
-    """Put the checkpoint's optimizer state and random numbers in place; the matrices were loaded with the model.
+    """Put the checkpoint's optimizer state and random numbers in place; an adapter was loaded with the model.
 
     Raises:
         CheckpointError, on every rank: it is of another base, or holds other matrices.
@@ -204,6 +207,8 @@ def restore(
 
 def restore_optimizer(optimizer: torch.optim.AdamW, root: LossModel, checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Fill AdamW's state with the rows of this rank, from the files of however many ranks there were.
+
+    In full fine-tuning the parameters themselves, too.
 
     Raises:
         CheckpointError: the files hold other matrices.
@@ -221,12 +226,13 @@ def restore_optimizer(optimizer: torch.optim.AdamW, root: LossModel, checkpoint:
         for name, parameter in trainable(root):
             # fused AdamW counts its steps beside the parameter
             state = {"step": torch.tensor(float(manifest.position.step), device=parameter.device)}
-            for moment in MOMENTS:
-                state[moment] = torch.zeros_like(parameter)
+            state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            wanted = {f"{name}.{moment}": state[moment] for moment in MOMENTS}
+            for part, target in (wanted | ({name: parameter.detach()} if root.masters else {})).items():
                 try:
-                    _fill(local(state[moment]), f"{name}.{moment}", parameter.shape, manifest.num_shards, ranks, rows)
+                    _fill(local(target), part, parameter.shape, manifest.num_shards, ranks, rows)
                 except (SafetensorError, OSError, RuntimeError) as error:
-                    raise CheckpointError(f"{folder}: does not hold '{name}.{moment}' as this run needs it") from error
+                    raise CheckpointError(f"{folder}: does not hold '{part}' as this run needs it") from error
             optimizer.state[parameter] = state
 
 

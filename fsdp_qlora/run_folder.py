@@ -26,7 +26,7 @@ from fsdp_qlora.redact import redact
 Status = Literal["completed", "preempted", "failed"]
 
 LOCK, METRICS, RECORD, EXIT = ".lock", "metrics.jsonl", "run.json", "exit.json"
-ADAPTER, BEST = "adapter", "best"
+ADAPTER, MODEL, BEST = "adapter", "model", "best"
 _NAMES = re.compile(
     r"(metrics\.jsonl|run\.json|best)(\.partial)?|exit\.json(\.\w+\.partial)?|checkpoints|wandb|tensorboard"
     r"|profile-rank-\d+\.json\.gz|memory-rank-\d+\.pickle"
@@ -91,7 +91,7 @@ def take(config: TrainConfig) -> tuple[FileLock, bool]:
     if not os.access(folder, os.W_OK):
         raise ConfigError(f"output_dir '{folder}' is not writable; choose another")
     for name in sorted(entries):
-        if (folder / name).is_symlink() and (name == ADAPTER or _NAMES.fullmatch(name)):
+        if (folder / name).is_symlink() and (name in (ADAPTER, MODEL) or _NAMES.fullmatch(name)):
             raise ConfigError(f"output_dir '{folder}': {name} is a symbolic link; a run's files stay inside its folder")
     lock = FileLock(folder / LOCK)
     try:
@@ -150,7 +150,8 @@ def _is_completed(config: TrainConfig, folder: Path) -> bool:
         return False
     before = _recorded(folder)
     now = {name: value for name, value in to_dict(config).items() if name not in ("resume", "overwrite", "debug")}
-    return status == "completed" and (folder / ADAPTER).is_dir() and now.items() <= before.items()
+    result = folder / (MODEL if config.train_type == "full" else ADAPTER)
+    return status == "completed" and result.is_dir() and now.items() <= before.items()
 
 
 def _recorded(folder: Path) -> dict[str, Any]:
@@ -173,8 +174,8 @@ def _clear(folder: Path) -> None:
 
 
 def start_over(folder: Path) -> None:
-    """Delete an earlier run's checkpoints and adapters, now that a new run is about to train its first step."""
-    for path in [*checkpoint_folders(folder), folder / ADAPTER, folder / BEST]:
+    """Delete an earlier run's checkpoints and results, now that a new run is about to train its first step."""
+    for path in [*checkpoint_folders(folder), folder / ADAPTER, folder / MODEL, folder / BEST]:
         if path.exists():
             shutil.rmtree(path)
 
@@ -195,7 +196,7 @@ def keep_metrics(folder: Path, step: int) -> list[dict[str, Any]]:
 
 
 def drop_later_best(folder: Path, step: int) -> int | None:
-    """Delete the best adapter if it is of a step after this one, which will be trained again; return that step."""
+    """Delete the best adapter or model if it is of a step after this one, which will be trained again; return that step."""
     best = trained_step(folder / BEST)
     if best is None or best <= step:
         return None

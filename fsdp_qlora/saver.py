@@ -56,7 +56,7 @@ class Saver:
     """Saves a run's state into its output folder.
 
     Args:
-        root, optimizer, adapter_config: what is saved, and what PEFT has to know of it.
+        root, optimizer, adapter_config: what is saved, and what PEFT has to know of it (None: it is no adapter).
         contents: the part of the manifest that stays the same: identity, config, versions.
         progress: where the step of the newest checkpoint is noted.
     """
@@ -67,7 +67,7 @@ class Saver:
         ranks: Ranks,
         root: LossModel,
         optimizer: torch.optim.AdamW,
-        adapter_config: dict[str, Any],
+        adapter_config: dict[str, Any] | None,
         contents: dict[str, Any],
         progress: Progress,
     ) -> None:
@@ -96,7 +96,8 @@ class Saver:
         with agree_on_errors(self.ranks, f"saving step {position.step}"):
             if self.ranks.is_main:
                 self._prepare(partial)
-        adapter = {name: value for name, value in adapter_matrices(self.root, self.ranks) if self.ranks.is_main}
+        matrices = adapter_matrices(self.root, self.ranks) if self.adapter_config is not None else ()
+        adapter = {name: value for name, value in matrices if self.ranks.is_main}
         own, python_random = self._copy_own()
         thread = threading.Thread(target=self._write, args=(adapter, own, python_random), daemon=True, name="saver")
         self._writing = Writing(position, partial, thread)
@@ -137,13 +138,15 @@ class Saver:
         """Check the space and make the folder."""
         parameters = sum(parameter.numel() for _, parameter in trainable(self.root))
         needed = parameters * BYTES_PER_PARAMETER + (1 << 20)
-        if self.root.tied:  # adapters.adapter_matrices: a trained matrix is stored for embedding and head
+        if (
+            self.root.tied and self.adapter_config is not None
+        ):  # adapters.adapter_matrices: a trained matrix is stored for embedding and head
             needed += sum(4 * module.weight.numel() for _, module in trained_vocabularies(self.root.model))
         try:
             partial.parent.mkdir(exist_ok=True)
             free = shutil.disk_usage(partial.parent).free
             if free >= needed:
-                (partial / "adapter").mkdir(parents=True)
+                (partial if self.adapter_config is None else partial / "adapter").mkdir(parents=True)
         except OSError as error:
             raise self._failure(partial, error) from error
         if free < needed:
@@ -157,9 +160,11 @@ class Saver:
         states, python_random = random_state(self.ranks.device)
         if self.ranks.rank < self.ranks.num_shards:  # the others hold replicas
             for name, parameter in trainable(self.root):
-                for moment in MOMENTS:
-                    rows = local(self.optimizer.state[parameter][moment])
-                    states[f"{name}.{moment}"] = rows.detach().to("cpu", copy=True).contiguous()
+                parts = {f"{name}.{moment}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
+                if self.adapter_config is None:
+                    parts[name] = parameter
+                for part, value in parts.items():
+                    states[part] = local(value).detach().to("cpu", copy=True).contiguous()
         return states, python_random
 
     def _write(self, adapter: dict[str, Tensor], own: dict[str, Tensor], python_random: str) -> None:
@@ -169,7 +174,7 @@ class Saver:
         try:
             name = rank_file(self.ranks.rank)
             files = {name: write_tensors(writing.folder / name, own, {"python_random": python_random})}
-            if self.ranks.is_main:
+            if self.ranks.is_main and self.adapter_config is not None:
                 records = write_adapter(writing.folder / "adapter", adapter, self.adapter_config)
                 fsync_folder(writing.folder / "adapter")
                 files |= {f"adapter/{name}": record for name, record in records.items()}

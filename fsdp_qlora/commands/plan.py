@@ -183,16 +183,18 @@ def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, 
 
 def _shape(config: PlanConfig, folder: Path, sharding: str) -> ModelShape:
     num_shards = {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
-    quant = QuantSettings(config.quant_type, config.double_quant, num_shards=num_shards)
-    return model_shape(folder, quant, lora_settings(config), compute_dtype(config.precision, torch.device("cuda")))
+    quant = QuantSettings(config.base_form, config.double_quant, num_shards=num_shards)
+    lora = None if config.train_type == "full" else lora_settings(config)
+    return model_shape(folder, quant, lora, compute_dtype(config.precision, torch.device("cuda")))
 
 
 def _table(config: PlanConfig, choice: Choice, budget: Budget) -> Table:
     wanted = choice.estimate
     machines = f"{config.nodes} x " if config.nodes > 1 else ""
-    method = "DoRA" if config.use_dora else "LoRA"
+    method = f"{'DoRA' if config.use_dora else 'LoRA'} rank {config.lora_rank}"
+    method = "full fine-tuning" if config.train_type == "full" else method
     title = f"{config.model} on {machines}{config.gpus} GPU{'s' * (config.gpus > 1)}"
-    title += f": {config.batch_size} x {config.context_length} tokens, {method} rank {config.lora_rank} (GiB)"
+    title += f": {config.batch_size} x {config.context_length} tokens, {method} (GiB)"
     table = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
     table.add_column("component", min_width=28)
     table.add_column("each GPU", justify="right")

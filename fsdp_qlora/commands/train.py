@@ -25,6 +25,7 @@ from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
 from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.export.full_model import save_model
 from fsdp_qlora.fetch import fetch_once
 from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
@@ -40,12 +41,24 @@ from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
-from fsdp_qlora.run_folder import ADAPTER, BEST, drop_later_best, keep_metrics, start_over, starts_over, where_to_start
+from fsdp_qlora.run_folder import (
+    ADAPTER,
+    BEST,
+    MODEL,
+    drop_later_best,
+    keep_metrics,
+    start_over,
+    starts_over,
+    where_to_start,
+)
 from fsdp_qlora.samples import Sampler, read_prompts
 from fsdp_qlora.saver import Saver
 from fsdp_qlora.session import Session, run_session
 from fsdp_qlora.trainer import Trainer
 from fsdp_qlora.watchdog import GRACE_S
+
+LARGE_LR = 5e-5
+"""Learning rate of full fine-tuning that is seldom exceeded."""
 
 
 def run(config: TrainConfig) -> None:
@@ -82,7 +95,10 @@ def _train(session: Session) -> bool:
     identity["base"] = built.fingerprint
     sampler = Sampler(built.root, ranks, tokenizer, prompts, read_stop_ids(folder, tokenizer), config.max_new_tokens)
     start = found.manifest.position if found else Position()
-    keep = functools.partial(_save_adapter, built, lora, _base_name(config, folder), tokenizer, ranks)
+    if lora is None:
+        keep = functools.partial(_save_model, session, built, folder, tokenizer)
+    else:
+        keep = functools.partial(_save_adapter, built, lora, _base_name(config, folder), tokenizer, ranks)
     keep_best = functools.partial(keep, output / BEST) if config.keep_best else None
     trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None, keep_best, progress)
     progress.num_steps = trainer.num_steps
@@ -91,7 +107,7 @@ def _train(session: Session) -> bool:
     _say_arithmetic(config, ranks, trainer)
     record = describe(config, ranks)
     record["base"] = {"folder": folder.name, "fingerprint": built.fingerprint, **dataclasses.asdict(built.quant)}
-    peft_config = adapter_config(built.root, lora, _base_name(config, folder))
+    peft_config = None if lora is None else adapter_config(built.root, lora, _base_name(config, folder))
     contents = {"identity": identity, "config": record["config"], "versions": record["versions"]}
     saver = Saver(config, ranks, built.root, trainer.optimizer, peft_config, contents, progress)
     recorded = from_main(_prepare_folder(session, record, resumed=found is not None) if ranks.is_main else [])
@@ -105,10 +121,11 @@ def _train(session: Session) -> bool:
         return False
     summary["ranks"] = _rank_reports(ranks, built)
     summary["checkpoints"] = dataclasses.asdict(saver.report)
-    keep(output / ADAPTER)
+    result = output / (MODEL if lora is None else ADAPTER)
+    keep(result)
     if ranks.is_main:
         write_record(output, {**record, "result": summary})
-        _say_summary(config, summary, output)
+        _say_summary(config, summary, result)
     return True
 
 
@@ -139,6 +156,18 @@ def _save_adapter(
     save_adapter(built.root, lora, base, folder, ranks, step)
     if ranks.is_main:
         tokenizer.save_pretrained(folder)
+
+
+def _save_model(
+    session: Session,
+    built: BuiltModel,
+    base: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    folder: Path,
+    step: int | None = None,
+) -> None:
+    """Write the whole model and the tokenizer; every rank must call this."""
+    save_model(built.root, base, folder, tokenizer, session.ranks, session.progress.beat, step)
 
 
 def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:
@@ -192,8 +221,12 @@ def _load_data(session: Session, folder: Path) -> tuple[PreTrainedTokenizerBase,
     return tokenizer, train_loader, loaders
 
 
-def _lora(config: TrainConfig, ranks: Ranks, folder: Path) -> tuple[LoraSettings, dict[str, Tensor] | None]:
-    """Return what is trained, and the matrices to start from if they are not new ones."""
+def _lora(config: TrainConfig, ranks: Ranks, folder: Path) -> tuple[LoraSettings | None, dict[str, Tensor] | None]:
+    """Return what is trained (None: the model itself), and the matrices to start from if they are not new ones."""
+    if config.train_type == "full":
+        if config.lr > LARGE_LR:
+            _say(ranks, f"warning: --lr={config.lr} suits LoRA; full fine-tuning mostly takes 1e-6 to {LARGE_LR}")
+        return None, None
     if config.adapter is None:
         return lora_settings(config), None
     with agree_on_errors(ranks, "reading the adapter"):
@@ -209,7 +242,7 @@ def _lora(config: TrainConfig, ranks: Ranks, folder: Path) -> tuple[LoraSettings
 
 
 def _load_model(
-    session: Session, folder: Path, lora: LoraSettings, memory: MemorySettings, adapter: dict[str, Tensor] | None
+    session: Session, folder: Path, lora: LoraSettings | None, memory: MemorySettings, adapter: dict[str, Tensor] | None
 ) -> BuiltModel:
     config, ranks = session.config, session.ranks
     quant = _quant_settings(config, ranks)
@@ -234,16 +267,18 @@ def _load_model(
         progress=progress,
         compiled=_compiles(config, ranks),
         broadcast=config.loading == "broadcast",
+        full=lora is None,
     )
     built.root.balance = balance_routers(built.skeleton.model, built.skeleton.config, config.router_aux_loss_coef)
-    if config.verify_weights:
+    verified = config.verify_weights and lora is not None
+    if verified:
         verify_weights(built, ranks)
-    checked = f", gathered bytes verified (base {built.fingerprint})" if config.verify_weights else ""
+    checked = f", gathered bytes verified (base {built.fingerprint})" if verified else ""
     copies = f" for {ranks.num_replicas} copies" if config.loading == "broadcast" else ""
     _say(
         ranks,
-        f"base: {built.quant.quant_type}, {built.report.bytes_read / 2**20:.0f} MiB read by this rank{copies} in"
-        f" {built.report.seconds:.1f} s{checked}",
+        f"{'model' if lora is None else 'base'}: {built.quant.quant_type}, {built.report.bytes_read / 2**20:.0f} MiB read"
+        f" by this rank{copies} in {built.report.seconds:.1f} s{checked}",
     )
     return built
 
@@ -253,10 +288,10 @@ def _compiles(config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def _quant_settings(config: TrainConfig, ranks: Ranks) -> QuantSettings:
-    return QuantSettings(config.quant_type, config.double_quant, config.quant_storage, ranks.num_shards)
+    return QuantSettings(config.base_form, config.double_quant, config.quant_storage, ranks.num_shards)
 
 
-def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings) -> MemorySettings:
+def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings | None) -> MemorySettings:
     """Resolve the autos, equally on all ranks; ConfigError for a run that cannot fit."""
     with agree_on_errors(ranks, "planning the memory"):
         dtype = compute_dtype(config.precision, ranks.device)
@@ -295,7 +330,8 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
     stats = trainer.train_loader.stats()
     sequences = config.batch_size * config.gradient_accumulation_steps * ranks.world_size
     trainable = sum(parameter.numel() for parameter in trainer.root.parameters() if parameter.requires_grad)
-    trained = " + ".join(["LoRA", *(name.rpartition(".")[2] for name, _ in trained_vocabularies(trainer.root.model))])
+    whole = [name.rpartition(".")[2] for name, _ in trained_vocabularies(trainer.root.model)]
+    trained = "full fine-tuning" if trainer.root.masters else " + ".join(["LoRA", *whole])
     dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
     _say(
         ranks,
@@ -330,19 +366,19 @@ def _base_name(config: TrainConfig, folder: Path) -> str:
     return config.model if alias is None else (alias.repo or config.model)
 
 
-def _say_summary(config: TrainConfig, summary: dict[str, Any], output: Path) -> None:
+def _say_summary(config: TrainConfig, summary: dict[str, Any], result: Path) -> None:
     # of a run that went on from another folder, or had no step left to do, not all of these are known
     train_loss, *evaluations = (summary[name] for name in ("train_loss", "eval_loss_before", "eval_loss_after"))
     known = [f"{loss:.4f}" for loss in evaluations if loss is not None]
     # not the lowest loss of the metrics: its adapter was given up where a run went on from before a later best
-    best_step = trained_step(output / BEST) if config.keep_best else None
+    best_step = trained_step(result.with_name(BEST)) if config.keep_best else None
     print(
         f"done: {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
         f" ({summary['tokens_per_second']:.0f} tok/s)"
         + ("" if train_loss is None else f", train loss {train_loss:.4f}")
         + (f", eval loss {' -> '.join(known)}" if known else "")
-        + f"\nadapter: {output / 'adapter'}\n"
-        + ("" if best_step is None else f"best: {output / BEST}, of step {best_step}\n")
-        + f'try it: fsdp-qlora generate --adapter {output / "adapter"} --prompt "..."',
+        + f"\n{result.name}: {result}\n"
+        + ("" if best_step is None else f"best: {result.with_name(BEST)}, of step {best_step}\n")
+        + f'try it: fsdp-qlora generate --{result.name} {result} --prompt "..."',
         flush=True,
     )

@@ -23,7 +23,7 @@ from fsdp_qlora.config.export import MergeConfig as MergeConfig
 from fsdp_qlora.config.export import PushConfig as PushConfig
 from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.config.export import is_size
-from fsdp_qlora.config.lora import METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
+from fsdp_qlora.config.lora import FULL_CHECK, METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
 from fsdp_qlora.config.lora import InitializeConfig as InitializeConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 
@@ -93,7 +93,7 @@ class TrainConfig(BaseSettings, MethodSettings, DataSettings):
     """Optimizer steps; -1: as many as num_epochs gives."""
 
     lr: float = 2e-4
-    """Peak learning rate of AdamW."""
+    """Peak learning rate of AdamW; full fine-tuning takes a tenth of LoRA's or less."""
 
     lr_scheduler: Literal["constant", "linear", "cosine"] = "cosine"
     """Learning rate after the warm-up: constant, or falling to 0 linearly or along a cosine."""
@@ -102,7 +102,7 @@ class TrainConfig(BaseSettings, MethodSettings, DataSettings):
     """Share of the steps over which the learning rate rises from 0."""
 
     weight_decay: float = 0.0
-    """AdamW's decoupled weight decay of the LoRA matrices."""
+    """AdamW's decoupled weight decay of all that is trained."""
 
     adam_beta1: float = 0.9
     """AdamW's decay of the first moment."""
@@ -118,7 +118,8 @@ class TrainConfig(BaseSettings, MethodSettings, DataSettings):
     is 0 (a router_aux_loss_coef there counts only with output_router_logits)."""
 
     precision: Literal["auto", "bf16", "fp32"] = "auto"
-    """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs. LoRA, gradients and the optimizer are always float32."""
+    """dtype of the computation; auto: bf16 on GPUs, fp32 on CPUs. What is trained is always held in float32, with its
+    gradients and the optimizer's state."""
 
     # --- evaluation and output ---
     eval_steps: int = 0
@@ -128,7 +129,7 @@ class TrainConfig(BaseSettings, MethodSettings, DataSettings):
     """Stop after so many evaluations in a row without a lower loss than before; 0: never."""
 
     keep_best: bool = False
-    """Keep the adapter of the evaluation with the lowest loss, in the folder best of --output_dir."""
+    """Keep the adapter (or model) of the evaluation with the lowest loss, in the folder best of --output_dir."""
 
     sample_prompts: str | None = None
     """Text file with one prompt a line; the model's answers are shown and logged at every evaluation."""
@@ -140,7 +141,8 @@ class TrainConfig(BaseSettings, MethodSettings, DataSettings):
     """Write metrics every N optimizer steps."""
 
     output_dir: str = "runs/default"
-    """Folder for adapter, checkpoints, metrics.jsonl, run.json and exit.json; for a run already in it see --resume."""
+    """Folder for adapter or model, checkpoints, metrics.jsonl, run.json and exit.json; for a run already in it see
+    --resume."""
 
     overwrite: bool = False
     """Start over in an --output_dir that holds an earlier run, and delete its results and checkpoints."""
@@ -368,6 +370,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     InitializeConfig: SHAPE_CHECKS,
     TrainConfig: (
         *METHOD_CHECKS,
+        FULL_CHECK,
         Check(("dataset", "dataset_weights"), _weights_of_datasets),
         Check(("sharding", "loading"), _broadcast_without_copies),
         Check(("sharding", "cpu_offload"), _offload_without_shards),
@@ -379,6 +382,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     ),
     PlanConfig: (
         *SHAPE_CHECKS,
+        FULL_CHECK,
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("gpu_memory", "gpus"), _sizes_of_gpus),

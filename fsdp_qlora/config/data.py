@@ -24,12 +24,21 @@ class BaseSettings:
     """In which form the base is held."""
 
     # --- base weights ---
-    quant_type: Literal["nf4", "fp4", "none"] = "nf4"
+    train_type: Literal["lora", "full"] = "lora"
+    """lora: the base is frozen and LoRA is trained beside it; full: every parameter of the model is trained, held in float32
+    with gradient and optimizer state (16 bytes a weight), sharded over the ranks."""
+
+    quant_type: Literal["auto", "nf4", "fp4", "none"] = "auto"
     """4-bit code of the frozen base, or none to hold it in the dtype of --precision, sharded and offloaded all the same;
-    ignored for checkpoints that are already quantised, which keep theirs."""
+    auto: nf4, and none with --train_type full. Ignored for checkpoints that are already quantised, which keep theirs."""
 
     double_quant: bool = True
     """Quantise the block scales too (0.37 bit per weight less); bitsandbytes' double quantisation."""
+
+    @property
+    def base_form(self) -> str:
+        """What --quant_type means: nf4, fp4 or none."""
+        return self.quant_type if self.quant_type != "auto" else "none" if self.train_type == "full" else "nf4"
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from fsdp_qlora.quant.lora import (
     parse_modules,
     parse_patterns,
 )
-from fsdp_qlora.settings import Check, Rule
+from fsdp_qlora.settings import Check, Rule, show
 
 
 @dataclass(frozen=True)
@@ -144,8 +144,11 @@ DECIDED_BY_ADAPTER = (
 )
 """Settings that must be left out beside --adapter."""
 
-METHOD_SETTINGS = (*DECIDED_BY_ADAPTER, "adapter")
+METHOD_SETTINGS = ("train_type", *DECIDED_BY_ADAPTER, "adapter")
 """Settings that decide which matrices there are and what they compute."""
+
+FOR_LORA = (*DECIDED_BY_ADAPTER, "adapter", "lora_dropout", "loraplus_lr_ratio", "double_quant", "quant_storage")
+"""Settings that mean nothing in full fine-tuning."""
 
 
 def lora_settings(config: LoraMatrices) -> LoraSettings:
@@ -224,6 +227,24 @@ def _layers_of_a_regex(config: LoraMatrices) -> str | None:
         )
     return None
 
+
+def _full_beside_lora(config: Any) -> str | None:
+    if config.train_type != "full":
+        return None
+    given = [
+        field for field in fields(config) if field.name in FOR_LORA and getattr(config, field.name) != field.default
+    ]
+    names = [*(field.name for field in given), *(["quant_type"] if config.base_form != "none" else [])]
+    if not names:
+        return None
+    written = " ".join(f"--{name}={show(getattr(config, name))}" for name in names)
+    return (
+        f"--train_type=full with {written}: all parameters are trained in float32, without LoRA and without a quantised"
+        " base; leave it out, or use --train_type=lora"
+    )
+
+
+FULL_CHECK = Check(("train_type", "quant_type"), _full_beside_lora)
 
 SHAPE_CHECKS: tuple[Check, ...] = (Check(("layers_to_transform", "lora_target_modules"), _layers_of_a_regex),)
 

@@ -65,6 +65,8 @@ def candidates(shape: ModelShape, request: Request) -> Iterator[MemorySettings]:
     then as few blocks as possible, the vocabulary, the hidden states, and LoRA last.
     """
     offloads, checkpoints = _offloads(request, len(shape.blocks)), _checkpoints(request, len(shape.blocks))
+    if shape.full:  # there is nothing else in a block
+        offloads = [replace(offload, offload_lora=offload.offload_blocks > 0) for offload in offloads]
     moves_hidden = request.activation_checkpointing == "auto" and not request.activation_offload
     for number in checkpoints:
         yield replace(offloads[0], checkpoint_blocks=number, offload_activations=request.activation_offload)
@@ -196,13 +198,14 @@ def _remedy(shape: ModelShape, budget: Budget, request: Request) -> str:
         return "use --sharding full, which shards the base and lets it rest on the host"
     if roomy := choose_or_none(shape, replace(budget, host=2**62), request):
         return f"use a machine with {roomy.estimate.host_bytes / GIB:.0f} GiB of host memory"
-    return "no context fits: use more or larger GPUs, a lower --lora_rank or a smaller model"
+    less = "--train_type lora" if shape.full else "a lower --lora_rank"
+    return f"no context fits: use more or larger GPUs, {less} or a smaller model"
 
 
 def in_words(shape: ModelShape, memory: MemorySettings) -> str:
     """Return memory settings in words."""
     count = len(shape.blocks)
-    moved = {"embedding and head": memory.offload_vocabulary, "LoRA": memory.offload_lora}
+    moved = {"embedding and head": memory.offload_vocabulary, "LoRA": memory.offload_lora and not shape.full}
     extras = [name for name, away in moved.items() if away]
     offloaded = f"{memory.offload_blocks} of {count} blocks" + "".join(f" + {name}" for name in extras)
     hidden = ", hidden states on the host" if memory.offload_activations else ""

@@ -9,6 +9,8 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fsdp_qlora.errors import ModelError
+from fsdp_qlora.masters import train_everything
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers, quantize_and_adapt
 from fsdp_qlora.quant.experts import ExpertStack
@@ -28,9 +30,11 @@ class Widths:
 
 @dataclass(frozen=True)
 class BlockShape:
-    """Bytes of one decoder block's parameters, whole and in this rank's part: 4-bit, other frozen, LoRA (float32).
+    """Bytes of one decoder block's parameters, whole and in this rank's part: 4-bit, other frozen, trained (float32).
 
-    `num_weights` counts the quantised weights that one token meets: of experts those it is sent to.
+    Attributes:
+        num_weights: the quantised weights that one token meets: of experts those it is sent to.
+        gathered: bytes of the whole block as FSDP gathers it.
     """
 
     packed: int
@@ -40,10 +44,7 @@ class BlockShape:
     lora: int
     lora_part: int
     num_weights: int
-
-    @property
-    def gathered(self) -> int:
-        return self.packed + self.frozen + self.lora
+    gathered: int
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,7 @@ class ModelShape:
         softcapped: whether logits, and whether attention scores, are soft-capped.
         max_positions: the model's longest context.
         trained: whether the embedding, and whether the head, is trained whole; a tied one is both.
+        full: whether all parameters are trained, so that `lora` of a block is the block.
     """
 
     num_shards: int
@@ -84,6 +86,7 @@ class ModelShape:
     softcapped: tuple[bool, bool]
     max_positions: int
     trained: tuple[bool, bool] = (False, False)
+    full: bool = False
 
     @property
     def head_bytes(self) -> int:
@@ -103,30 +106,45 @@ class ModelShape:
         whole, part = (4 * matrices * rows * self.widths.hidden for rows in both)
         return whole, part
 
+    @property
+    def trained_name(self) -> str:
+        """What the planner calls the trained parameters of the blocks."""
+        return "float32 weights" if self.full else "LoRA"
+
     @functools.cached_property
     def gathered(self) -> int:
         return max(block.gathered for block in self.blocks)
 
 
 def model_shape(
-    folder: Path, quant: QuantSettings, lora: LoraSettings, dtype: torch.dtype, shard: int = 0
+    folder: Path, quant: QuantSettings, lora: LoraSettings | None, dtype: torch.dtype, shard: int = 0
 ) -> ModelShape:
     """Measure the model of a folder with config.json as quantised, adapted and sharded; nothing is allocated.
 
     Args:
         quant: form of the base, including the number of shards; a quantised checkpoint keeps its own.
+        lora: what is trained; None for every parameter.
         shard: whose part; the first is never smaller than the others.
 
     Raises:
-        ModelError: unsupported model, a LoRA target that matches nothing, or modules_to_save that cannot be trained.
+        ModelError: unsupported model, a LoRA target that matches nothing, modules_to_save that cannot be trained, or a model
+            that cannot be trained whole.
     """
     stored = getattr(read_config(folder)[0], "quantization_config", None)
     if isinstance(stored, dict):
+        if lora is None:
+            raise ModelError(
+                f"train_type full: the weights of {folder.name} are quantised, and cannot be trained themselves; use the"
+                " model in 16 or 32 bits, or --train_type lora"
+            )
         own = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
         quant = replace(quant, quant_type=own[0], double_quant=own[1])
     skeleton = build_skeleton(folder, dtype)
-    quantize_and_adapt(skeleton, quant, lora, dtype)
-    whole = whole_modules(lora, skeleton.tied)
+    if lora is None:
+        train_everything(skeleton)
+    else:
+        quantize_and_adapt(skeleton, quant, lora, dtype)
+    whole = tuple(VOCABULARY.values()) if lora is None else whole_modules(lora, skeleton.tied)
     embedding_is_trained, head_is_trained = (VOCABULARY[name] in whole for name in ("embed_tokens", "lm_head"))
     config = skeleton.config
     block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
@@ -135,12 +153,14 @@ def model_shape(
     dora = [linear.out_features for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
     head = skeleton.vocabulary.weight
     norm = skeleton.decoder.norm
+    gathered_size = dtype.itemsize if lora is None else 4
     assert isinstance(head, Tensor)
     assert isinstance(norm, nn.Module)
     return ModelShape(
         num_shards=quant.num_shards,
         blocks=tuple(
-            _block_shape(block, quant.num_shards, shard, _experts_per_token(skeleton)) for block in skeleton.blocks
+            _block_shape(block, quant.num_shards, shard, _experts_per_token(skeleton), gathered_size)
+            for block in skeleton.blocks
         ),
         norm_part=sum(_part(parameter, quant.num_shards, shard) for parameter in norm.parameters()),
         vocabulary_rows=head.shape[0],
@@ -150,12 +170,13 @@ def model_shape(
         num_heads=config.num_attention_heads,
         held="4-bit weights" if quant.is_4bit else f"{8 * dtype.itemsize}-bit weights",
         largest_weights=max((layout.num_weights for layout in layouts if layout.dense_dtype != dtype), default=0),
-        largest_packed=max(layout.padded_bytes for layout in layouts),
+        largest_packed=max((layout.padded_bytes for layout in layouts), default=0),
         lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
         itemsize=dtype.itemsize,
         softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
         max_positions=config.max_position_embeddings,
         trained=(embedding_is_trained, embedding_is_trained if skeleton.tied else head_is_trained),
+        full=lora is None,
     )
 
 
@@ -170,11 +191,14 @@ def _part(parameter: Tensor, num_shards: int, shard: int) -> int:
     return _rows(parameter.shape[0], num_shards, shard) * row_bytes
 
 
-def _block_shape(block: nn.Module, num_shards: int, shard: int, experts_per_token: int) -> BlockShape:
+def _block_shape(
+    block: nn.Module, num_shards: int, shard: int, experts_per_token: int, gathered_size: int
+) -> BlockShape:
+    """Measure a block, whose trained weights take `gathered_size` bytes each when FSDP has gathered them."""
     sums = {"packed": [0, 0], "lora": [0, 0], "frozen": [0, 0]}
     for name, parameter in block.named_parameters():
-        kind = name.rpartition(".")[2].partition("_")[0]
-        both = sums[kind if kind in sums else "frozen"]
+        is_packed = name.rpartition(".")[2] == "packed"
+        both = sums["packed" if is_packed else "lora" if parameter.requires_grad else "frozen"]
         both[0] += parameter.numel() * parameter.itemsize
         both[1] += _part(parameter, num_shards, shard)
     num_weights = sum(
@@ -182,7 +206,8 @@ def _block_shape(block: nn.Module, num_shards: int, shard: int, experts_per_toke
         for layer in packed_layers(block)
     )
     (packed, packed_part), (lora, lora_part), (frozen, frozen_part) = sums.values()
-    return BlockShape(packed, packed_part, frozen, frozen_part, lora, lora_part, num_weights)
+    gathered = packed + frozen + lora * gathered_size // 4
+    return BlockShape(packed, packed_part, frozen, frozen_part, lora, lora_part, num_weights, gathered)
 
 
 def _widths(skeleton: Skeleton) -> Widths:

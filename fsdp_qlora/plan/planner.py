@@ -70,9 +70,6 @@ STREAM_BUFFERS = 2
 COMPLETE = ("backward of the first block", "backward of the embedding", "optimizer")
 """Phases in which the gradients of the other blocks are there, though no earlier micro-batch left any."""
 
-UNSHARDED_GRADIENTS = 2
-"""Copies of one block's LoRA gradients: as computed, and as reduce-scatter's input."""
-
 SLACK = 0.15
 """The allocator's fragmentation, as a share of all that comes and goes (docs/cuda.md has the measurements)."""
 
@@ -159,13 +156,14 @@ def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
         for block, away in zip(shape.blocks, offloaded, strict=True)
         if not (away and memory.offload_lora)
     )
+    lora += shape.norm_part if shape.full else 0
     trained = lora + (0 if memory.offload_vocabulary else shape.trained_rows[1])
     resident = itertools.compress(shape.blocks, [not away for away in offloaded])
-    frozen = sum(block.frozen_part for block in shape.blocks) + 2 * shape.norm_part
+    frozen = sum(block.frozen_part for block in shape.blocks) + (0 if shape.full else 2 * shape.norm_part)
     resting: dict[str, float] = {
         shape.held: sum(block.packed_part for block in resident) + frozen,
         "embedding and head": 0 if memory.offload_vocabulary else shape.vocabulary_part,
-        "LoRA": lora,
+        shape.trained_name: lora,
         "optimizer state": 2 * trained,
     }
     if shape.num_shards > 1:
@@ -187,7 +185,8 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     backward = {
         **running,
         "activations": (saved if memory.checkpoint_blocks else 0) + tokens * BACKWARD.bytes_per_token(widths, itemsize),
-        "gradients": UNSHARDED_GRADIENTS * max(block.lora for block in shape.blocks),
+        # as computed, in the dtype of what was gathered, and as reduce-scatter's float32 input
+        "gradients": max(block.lora + (block.gathered if shape.full else block.lora) for block in shape.blocks),
     }
     final = replace(widths, norm=widths.hidden)
     loss_forward, loss_backward = (way.bytes_per_token(final, itemsize) for way in (LOSS_FORWARD, LOSS_BACKWARD))
@@ -211,10 +210,12 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
 
 def _running(shape: ModelShape, memory: MemorySettings) -> float:
     """Return the bytes of the parameters of the block that runs, beside the buffers of the gathers or the stream."""
-    if shape.num_shards == 1 and not _offloads_blocks(shape, memory, checkpointed=False):
+    if shape.num_shards == 1 and not shape.full and not _offloads_blocks(shape, memory, checkpointed=False):
         return max(block.frozen + block.lora for block in shape.blocks)  # FSDP does not copy the 4-bit weights
     if not memory.offload_blocks:
         return shape.gathered
+    if shape.full:  # the float32 part of the next block, before it is cast
+        return shape.gathered + max(block.lora_part for block in shape.blocks)
     # on its way from the host: one matrix at a time, or with several ranks the whole part of the next block
     arriving = shape.largest_packed if shape.num_shards == 1 else max(block.packed_part for block in shape.blocks)
     return shape.gathered + arriving
@@ -260,15 +261,17 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
     matrices = [(block.lora, block.lora_part) for block in shape.blocks]
     trained, trained_part = (sum(parts) for parts in zip(*matrices, shape.trained_rows, strict=True))
     lora_and_rows = lora + (shape.trained_rows[1] if memory.offload_vocabulary else 0)
+    # what a thread writes while training goes on: copies of AdamW's two moments, and of the adapter, which one rank gathers,
+    # or the trained weights, of which each rank has its part
+    saved = min(ranks, shape.num_shards) * 3 * trained_part if shape.full else trained + ranks * 2 * trained_part
     sizes = {
         shape.held: ranks * sum(block.packed_part for block in offloaded),
         "embedding and head": ranks * shape.vocabulary_part if memory.offload_vocabulary else 0,
-        "LoRA": ranks * lora,
+        shape.trained_name: ranks * lora,
         "gradients": ranks * lora_and_rows,
         "optimizer state": ranks * 2 * lora_and_rows,
         "kept hidden states": ranks * memory.checkpoint_blocks * hidden if memory.offload_activations else 0,
-        # copies of the adapter, on one rank, and of AdamW's two moments, which a thread writes while training goes on
-        "checkpoint being saved": trained + ranks * 2 * trained_part,
+        "checkpoint being saved": saved,
         "processes": ranks * (PROCESS_BYTES + (COMPILER_BYTES if run.compiled else 0)),
     }
     return {name: size for name, size in sizes.items() if size}

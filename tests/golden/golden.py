@@ -60,7 +60,7 @@ def train(
     built = build_model(
         save_tiny(family, folder),
         ranks,
-        QuantSettings(config.quant_type, config.double_quant, config.quant_storage, ranks.num_shards),
+        QuantSettings(config.base_form, config.double_quant, config.quant_storage, ranks.num_shards),
         lora,
         torch.float32,
         memory=MemorySettings(checkpoint_blocks=COMMON["num_hidden_layers"]),

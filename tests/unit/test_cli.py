@@ -211,7 +211,7 @@ def test_command_help_shows_every_setting(
     for name in TrainConfig.__dataclass_fields__:
         assert f"  --{name} " in out
     assert "\nLoRA\n  --lora_rank N  (default: 64)\n      Rank of the LoRA matrices.\n" in out
-    assert "--quant_type nf4|fp4|none  (default: nf4)" in out
+    assert "--quant_type auto|nf4|fp4|none  (default: auto)" in out
     assert all(len(line) <= 60 for line in out.splitlines() if line.startswith("      "))
     assert calls == []
 

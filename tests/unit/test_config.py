@@ -82,8 +82,8 @@ def test_value_takes_its_settings_type(name: str, raw: object, value: object) ->
         ("lr", "inf", "a finite number"),
         ("model", None, "a single value"),
         ("model", " ", "a single value"),
-        ("quant_type", "int4", "one of nf4, fp4"),
-        ("quant_type", "NF4", "one of nf4, fp4"),
+        ("quant_type", "int4", "one of auto, nf4, fp4"),
+        ("quant_type", "NF4", "one of auto, nf4, fp4"),
         ("lora_rank", "0", "at least 1"),
         ("lora_alpha", "0", "above 0"),
         ("lora_dropout", "1", "at least 0 and below 1"),
@@ -270,7 +270,7 @@ def test_rules_name_existing_settings() -> None:
 
 def test_description_carries_type_choices_and_default() -> None:
     settings = {setting.name: setting for setting in describe(TrainConfig)}
-    assert settings["quant_type"].choices == ("nf4", "fp4", "none")
+    assert settings["quant_type"].choices == ("auto", "nf4", "fp4", "none")
     assert (settings["revision"].kind, settings["revision"].optional) == (str, True)
     assert (settings["lr"].kind, settings["lr"].default, settings["lr"].section) == (float, 2e-4, "training")
     assert settings["packing"].kind is bool
@@ -280,6 +280,31 @@ def test_defaults_satisfy_their_own_rules_and_survive_a_round_trip() -> None:
     assert config.parse({}) == TrainConfig()
     assert config.parse(config.to_dict(TrainConfig())) == TrainConfig()
     assert list(config.to_dict(TrainConfig())) == [field.name for field in dataclasses.fields(TrainConfig)]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "written"),
+    [
+        ({"use_dora": True}, "--use_dora=true"),
+        ({"adapter": "runs/first"}, "--adapter=runs/first"),
+        ({"lora_rank": 8, "lora_dropout": 0.1}, "--lora_rank=8 --lora_dropout=0.1"),
+        ({"modules_to_save": "lm_head"}, "--modules_to_save=lm_head"),
+        ({"loraplus_lr_ratio": 4}, "--loraplus_lr_ratio=4.0"),
+        ({"quant_storage": "bfloat16"}, "--quant_storage=bfloat16"),
+        ({"quant_type": "nf4"}, "--quant_type=nf4"),
+    ],
+)
+def test_full_fine_tuning_has_neither_lora_nor_4_bits(overrides: dict[str, object], written: str) -> None:
+    (problem,) = problems_of({"train_type": "full", **overrides})
+    assert problem.startswith(f"--train_type=full with {written}: all parameters are trained in float32")
+    assert "use --train_type=lora" in problem
+
+
+def test_form_of_the_base() -> None:
+    assert config.parse({}).base_form == "nf4"
+    assert config.parse({"quant_type": "none"}).base_form == "none"
+    assert config.parse({"train_type": "full"}).base_form == "none"
+    assert config.parse({"train_type": "full", "quant_type": "none"}).base_form == "none"
 
 
 @pytest.mark.parametrize("overrides", [{"early_stopping_patience": 2}, {"keep_best": True}])

@@ -83,16 +83,16 @@ def budget(gpu: float, host: float) -> Budget:
 # --- counts ---
 
 
-def counted(folder: Path, lora: LoraSettings, quant_type: str) -> tuple[int, int, int, int, int]:
-    """Load a model and return, for this rank: its place, bytes of 4-bit, frozen and LoRA parameters, and vocabulary."""
+def counted(folder: Path, lora: LoraSettings | None, quant_type: str) -> tuple[int, int, int, int, int]:
+    """Load a model and return, for this rank: its place, bytes of 4-bit, frozen and trained parameters, and vocabulary."""
     with process_group("full", 60, device="cpu") as ranks:
         quant = QuantSettings(quant_type, num_shards=ranks.num_shards)
-        built = build_model(folder, ranks, quant, lora, torch.bfloat16)
+        built = build_model(folder, ranks, quant, lora, torch.bfloat16, full=lora is None)
         sums = {"packed": 0, "lora": 0, "frozen": 0, "vocabulary": 0}
         vocabularies = {module.weight for module in built.root.modules() if isinstance(module, ShardedVocabulary)}
         for name, parameter in built.root.named_parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
-            kind = next((kind for kind in ("packed", "lora") if f".{kind}" in name), "frozen")
+            kind = "packed" if name.endswith(".packed") else "lora" if parameter.requires_grad else "frozen"
             sums["vocabulary" if parameter in vocabularies else kind] += local.numel() * local.itemsize
         return ranks.shard, sums["packed"], sums["frozen"], sums["lora"], sums["vocabulary"]
 
@@ -145,6 +145,34 @@ def test_shape_counts_what_a_loaded_rank_holds(
         sums = [sum(getattr(block, f"{kind}_part") for block in shape.blocks) for kind in ("packed", "frozen", "lora")]
         sums[1] += shape.norm_part
         assert [*sums, shape.vocabulary_part] == bytes_held
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_full_fine_tuning_counts_what_a_loaded_rank_holds(family: str, tmp_path: Path) -> None:
+    """Each rank holds its rows in float32, with a gradient and two moments; a block is gathered in the compute dtype."""
+    folder = save_tiny(family, tmp_path / "model", vocab_size=321)
+    for shard, packed, frozen, trained, vocabulary in run_ranks(counted, 2, folder, None, "none"):
+        shape = model_shape(folder, QuantSettings("none", num_shards=2), None, torch.bfloat16, shard)
+        assert (packed, frozen) == (0, 0)
+        assert sum(block.lora_part for block in shape.blocks) + shape.norm_part == trained
+        assert shape.vocabulary_part == shape.trained_rows[1] == vocabulary
+        assert shape.blocks[0].gathered == shape.blocks[0].lora // 2
+        wanted = estimate(shape, Run(1, 128)).gpu
+        assert wanted["float32 weights"] + wanted["embedding and head"] == trained + vocabulary
+        assert wanted["optimizer state"] == 2 * (trained + vocabulary)
+        offloaded = estimate(shape, Run(1, 128, MemorySettings(len(shape.blocks), True, True)))
+        assert offloaded.host["optimizer state"] == 2 * (trained - shape.norm_part + vocabulary)
+        assert offloaded.gpu["float32 weights"] == shape.norm_part
+
+
+def test_full_fine_tuning_is_refused_where_it_cannot_fit(folders: dict[str, Path]) -> None:
+    """8B parameters: 32 GB each of weights, gradients and both moments."""
+    shape = model_shape(folders["8b"], QuantSettings("none", num_shards=2), None, torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"use a machine with 1.. GiB of host memory"):
+        choose(shape, budget(24, 64), Request(Run(1, 2048, local_ranks=2)))
+    choice = choose(shape, budget(24, 256), Request(Run(1, 2048, local_ranks=2)))
+    assert choice.memory.offload_lora
+    assert choice.memory.offload_blocks > 0
 
 
 NUM_NORMS = {"gemma2": 4, "gemma3_text": 4, "glm4": 4, "cohere": 1, "cohere_qk_norm": 1, "cohere2": 1}

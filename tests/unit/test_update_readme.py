@@ -53,7 +53,7 @@ def test_writes_all_tables_and_keeps_the_rest(script: ModuleType, folder: Path) 
     for name, alias in ALIASES.items():
         assert f"| `{name}` | {alias.repo or 'SmolLM2'}" in text
     assert "**LoRA**" in text
-    assert "| `--quant_type` | `nf4` (or `fp4`" in text
+    assert "| `--quant_type` | `auto` (or `nf4`" in text
     for command in COMMANDS:
         assert f"### `fsdp-qlora {command.name}`" in (text if command.name in ("train", "plan") else others)
     assert "| `--adapter` | required |" in others
