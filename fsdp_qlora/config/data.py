@@ -121,12 +121,6 @@ def weights_of(config: DataSettings) -> list[float]:
     return [float(weight) for weight in config.dataset_weights.split(",")]
 
 
-def datasets_of(config: DataSettings) -> list[str]:
-    """Return all datasets of a run, those to evaluate on too."""
-    evaluated = named_datasets(config.eval_dataset).values() if config.eval_dataset is not None else ()
-    return [*training_datasets(config), *evaluated]
-
-
 def training_datasets(config: DataSettings) -> list[str]:
     """Return the datasets to train on."""
     return [dataset.strip() for dataset in config.dataset.split(",")]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 from array import array
+from collections import Counter
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -43,6 +44,15 @@ class DataReport:
     dropped: list[str] = field(default_factory=list)
     """`file:line` of the first of them."""
 
+    num_system: int = 0
+    """Conversations that begin with a system message."""
+
+    written_out: Counter[str] = field(default_factory=Counter)
+    """In how many rows a control token of the tokenizer is written out inside a text."""
+
+    first_written_out: str = ""
+    """`file:line` of the first of them."""
+
     num_examples: int = 0
     """Training examples."""
 
@@ -60,6 +70,9 @@ class DataReport:
         self.num_skipped += other.num_skipped
         self.num_truncated += other.num_truncated
         self.num_dropped += other.num_dropped
+        self.num_system += other.num_system
+        self.written_out.update(other.written_out)
+        self.first_written_out = self.first_written_out or other.first_written_out
         self.skipped = (self.skipped + other.skipped)[:NUM_LISTED]
         self.dropped = (self.dropped + other.dropped)[:NUM_LISTED]
         self.lengths.extend(other.lengths)
@@ -71,7 +84,8 @@ class DataReport:
     @classmethod
     def from_dict(cls, content: dict[str, Any]) -> DataReport:
         """Return the report that to_dict was made of."""
-        return cls(**{**content, "lengths": array("q", base64.b64decode(content["lengths"]))})
+        lengths = array("q", base64.b64decode(content["lengths"]))
+        return cls(**{**content, "lengths": lengths, "written_out": Counter(content["written_out"])})
 
     def reject(self, where: str, reason: str) -> None:
         """Count a malformed row, or stop.

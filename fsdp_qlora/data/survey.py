@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 from array import array
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -12,16 +11,12 @@ import numpy as np
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.command import DataConfig
-from fsdp_qlora.config.data import datasets_of
-from fsdp_qlora.data.chats import texts_of
-from fsdp_qlora.data.formats import rows_of
 from fsdp_qlora.data.loader import LoaderStats, make_loader
 from fsdp_qlora.data.report import DataReport
 from fsdp_qlora.data.splits import Splits, load_splits
 from fsdp_qlora.data.store import Indices, Mixture, TokenStore
-from fsdp_qlora.data.templates import REASONING_TAG, ChatRenderer, special_tokens
+from fsdp_qlora.data.templates import ChatRenderer
 from fsdp_qlora.data.tokenize import IGNORE, Example
-from fsdp_qlora.data.tokenize_rows import make_renderer
 
 MAX_BINS = 12
 
@@ -77,7 +72,7 @@ def survey(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> Survey:
     )
     lengths = np.array(report.lengths)
     names = {"shortest": 0, "median": 50, "95 %": 95, "longest": 100}
-    warnings = [*_row_warnings(config, tokenizer), *_example_warnings(splits)]
+    warnings = [*_text_warnings(report, tokenizer), *_example_warnings(splits)]
     return Survey(
         report,
         loader.stats(),
@@ -130,31 +125,20 @@ def render(tokenizer: PreTrainedTokenizerBase, example: Example) -> Sample:
     return Sample(len(flags), sum(flags), tuple(runs))
 
 
-def _row_warnings(config: DataConfig, tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Return warnings about texts and roles; reads the rows once more."""
+def _text_warnings(report: DataReport, tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Return warnings about texts and roles."""
     warnings = []
-    renderer: ChatRenderer | None = None
-    control_tokens = special_tokens(tokenizer)
-    found: Counter[str] = Counter()
-    num_system, first = 0, ""
-    for dataset in datasets_of(config):
-        for row in rows_of(dataset, config, DataReport(bad_rows="skip")):
-            if renderer is None and (renderer := make_renderer([row], tokenizer)) is not None:
-                control_tokens = renderer.control_tokens
-            num_system += bool(row.messages) and row.messages[0]["role"] == "system"
-            text = REASONING_TAG.sub("", row.text + "\n".join(texts_of(list(row.messages))))
-            inside = [token for token in control_tokens if token in text]
-            found.update(inside)
-            first = first or (row.where if inside else "")
-    if renderer is not None and renderer.merges_system and num_system:
+    if report.num_system and ChatRenderer(tokenizer).merges_system:
         warnings.append(
-            f"{num_system:,} rows have a system message, for which the chat template has no place: it is put before"
-            " the text of the first user message"
+            f"{report.num_system:,} rows have a system message, for which the chat template has no place: it is put"
+            " before the text of the first user message"
         )
-    if found:
-        counts = ", ".join(f"{token} in {count:,}" for token, count in found.most_common(5))
-        meaning = "where the rows are plain text they act as such, elsewhere they are learned as ordinary characters"
-        warnings.append(f"special tokens are written out inside texts ({counts} rows, the first {first}): {meaning}")
+    if report.written_out:
+        counts = ", ".join(f"{token} in {count:,}" for token, count in report.written_out.most_common(5))
+        warnings.append(
+            f"special tokens are written out inside texts ({counts} rows, the first {report.first_written_out}): where the"
+            " rows are plain text they act as such, elsewhere they are learned as ordinary characters"
+        )
     return warnings
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterable, Iterator, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.config.data import RowSettings
+from fsdp_qlora.data.chats import texts_of
 from fsdp_qlora.data.formats import Row
 from fsdp_qlora.data.report import DataReport
-from fsdp_qlora.data.templates import ChatRenderer, Document, Piece, special_tokens
+from fsdp_qlora.data.templates import REASONING_TAG, ChatRenderer, Document, Piece, special_tokens
 from fsdp_qlora.data.tokenize import IGNORE, Encoder, Example
 from fsdp_qlora.errors import DataError
 
@@ -34,6 +36,7 @@ def tokenize_rows(
             renderer = make_renderer(batch, tokenizer)
             control_tokens = renderer.control_tokens if renderer else special_tokens(tokenizer)
             encoder = Encoder(tokenizer, control_tokens, config.train_on)
+            control = re.compile("|".join(sorted(map(re.escape, control_tokens), key=len, reverse=True)))
         documents: list[Document] = []
         places: list[str] = []
         for row in batch:
@@ -42,6 +45,8 @@ def tokenize_rows(
                 places.append(row.where)
             except DataError as error:
                 report.reject(row.where, str(error))
+            else:
+                count_texts(row, control, report)
         for where, example in zip(places, encoder.encode(documents), strict=True):
             if isinstance(example, DataError):
                 report.reject(where, str(example))
@@ -72,6 +77,15 @@ def to_document(row: Row, renderer: ChatRenderer | None) -> Document:
         return renderer.render(row.messages, row.tools)
     pieces = tuple(Piece(message["content"], False, message["role"] == "assistant") for message in row.messages)
     return Document(pieces, add_special_tokens=True, append_eos=True)
+
+
+def count_texts(row: Row, control: re.Pattern[str], report: DataReport) -> None:
+    """Count what the report warns of: a system message, and control tokens inside the texts."""
+    report.num_system += row.kind == "chat" and row.messages[0]["role"] == "system"
+    text = REASONING_TAG.sub("", row.text + "\n".join(texts_of(list(row.messages))))
+    if inside := set(control.findall(text)):
+        report.written_out.update(inside)
+        report.first_written_out = report.first_written_out or row.where
 
 
 def truncate(example: Example, context_length: int) -> Example:

@@ -10,6 +10,7 @@ import pytest
 
 from fsdp_qlora.commands import data as data_report
 from fsdp_qlora.config import DataConfig
+from fsdp_qlora.data import formats
 from fsdp_qlora.data.survey import Bin, Survey, histogram, survey
 from tests.unit.data.families import CONVERSATION, FAMILIES, tiny_tokenizer
 from tests.unit.data.test_splits import chat, write
@@ -79,6 +80,19 @@ def test_warnings(
 ) -> None:
     warnings = look(tmp_path, rows, family, **settings).warnings
     assert any(expected in warning for warning in warnings), warnings
+
+
+def test_rows_are_read_once_and_not_again_where_their_tokens_are_kept(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[str] = []
+    read_raw = formats.read_raw
+    monkeypatch.setattr(formats, "read_raw", lambda path, **rest: read.append(path) or read_raw(path, **rest))
+    rows = [{"messages": CONVERSATION}, chat("say <eos>", "a")]
+    warnings = [look(tmp_path, rows, "gemma", token_cache=str(tmp_path / "tokens")).warnings for _ in range(2)]
+    assert len(read) == 1
+    assert len(warnings[0]) == 2
+    assert warnings[0] == warnings[1]
 
 
 def test_nothing_to_warn_of(tmp_path: Path) -> None:
