@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK_BYTES = 256 << 20
+CHUNK_BYTES = 128 << 20
 """Memory that one chunk's logits may take."""
 
 SCALED_ROWS = 1024

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
@@ -27,6 +26,7 @@ from fsdp_qlora.config.lora import METHOD_SETTINGS
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, shard_rows
 from fsdp_qlora.errors import CheckpointError, ConfigError
 from fsdp_qlora.models.vocabulary import trained_vocabularies
+from fsdp_qlora.optim import ShardedAdamW, local
 from fsdp_qlora.parallel import LossModel
 from fsdp_qlora.quant.adapt import lora_linears
 from fsdp_qlora.settings import show
@@ -70,11 +70,6 @@ def trainable(root: LossModel) -> Iterator[tuple[str, nn.Parameter]]:
             yield f"{linear.name}.{part}", parameter
     for name, module in trained_vocabularies(root.model):
         yield name, module.weight
-
-
-def local(value: Tensor) -> Tensor:
-    """Return this rank's rows of a sharded tensor."""
-    return value.to_local() if isinstance(value, DTensor) else value
 
 
 def identity_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, train: data.Loader) -> dict[str, Any]:
@@ -188,7 +183,7 @@ def check_fit(
 def restore(
     checkpoint: Checkpoint,
     identity: dict[str, Any],
-    optimizer: torch.optim.AdamW,
+    optimizer: ShardedAdamW,
     root: LossModel,
     config: TrainConfig,
     ranks: Ranks,
@@ -205,7 +200,7 @@ def restore(
         restore_random_state(checkpoint, config, ranks, say)
 
 
-def restore_optimizer(optimizer: torch.optim.AdamW, root: LossModel, checkpoint: Checkpoint, ranks: Ranks) -> None:
+def restore_optimizer(optimizer: ShardedAdamW, root: LossModel, checkpoint: Checkpoint, ranks: Ranks) -> None:
     """Fill AdamW's state with the rows of this rank, from the files of however many ranks there were.
 
     In full fine-tuning the parameters themselves, too.
@@ -224,16 +219,17 @@ def restore_optimizer(optimizer: torch.optim.AdamW, root: LossModel, checkpoint:
             return rows
 
         for name, parameter in trainable(root):
+            shard = optimizer.shards[parameter]
             # fused AdamW counts its steps beside the parameter
-            state = {"step": torch.tensor(float(manifest.position.step), device=parameter.device)}
-            state |= {moment: torch.zeros_like(parameter) for moment in MOMENTS}
+            state = {"step": torch.tensor(float(manifest.position.step), device=shard.device)}
+            state |= {moment: torch.zeros_like(shard) for moment in MOMENTS}
             wanted = {f"{name}.{moment}": state[moment] for moment in MOMENTS}
-            for part, target in (wanted | ({name: parameter.detach()} if root.masters else {})).items():
+            for part, target in (wanted | ({name: local(parameter.detach())} if root.masters else {})).items():
                 try:
-                    _fill(local(target), part, parameter.shape, manifest.num_shards, ranks, rows)
+                    _fill(target, part, parameter.shape, manifest.num_shards, ranks, rows)
                 except (SafetensorError, OSError, RuntimeError) as error:
                     raise CheckpointError(f"{folder}: does not hold '{part}' as this run needs it") from error
-            optimizer.state[parameter] = state
+            optimizer.state[shard] = state
 
 
 def _fill(

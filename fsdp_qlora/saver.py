@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 
@@ -24,8 +23,9 @@ from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main
 from fsdp_qlora.errors import CheckpointError, FsdpQloraError
 from fsdp_qlora.files import FileRecord, fsync_folder, record_of, write_tensors
 from fsdp_qlora.models.vocabulary import trained_vocabularies
+from fsdp_qlora.optim import ShardedAdamW, local
 from fsdp_qlora.parallel import LossModel
-from fsdp_qlora.resume import MOMENTS, local, random_state, rank_file, trainable
+from fsdp_qlora.resume import MOMENTS, random_state, rank_file, trainable
 from fsdp_qlora.run_folder import Progress
 
 BYTES_PER_PARAMETER = 12
@@ -66,7 +66,7 @@ class Saver:
         config: TrainConfig,
         ranks: Ranks,
         root: LossModel,
-        optimizer: torch.optim.AdamW,
+        optimizer: ShardedAdamW,
         adapter_config: dict[str, Any] | None,
         contents: dict[str, Any],
         progress: Progress,
@@ -160,11 +160,12 @@ class Saver:
         states, python_random = random_state(self.ranks.device)
         if self.ranks.rank < self.ranks.num_shards:  # the others hold replicas
             for name, parameter in trainable(self.root):
-                parts = {f"{name}.{moment}": self.optimizer.state[parameter][moment] for moment in MOMENTS}
+                state = self.optimizer.state[self.optimizer.shards[parameter]]
+                parts = {f"{name}.{moment}": state[moment] for moment in MOMENTS}
                 if self.adapter_config is None:
-                    parts[name] = parameter
+                    parts[name] = local(parameter)
                 for part, value in parts.items():
-                    states[part] = local(value).detach().to("cpu", copy=True).contiguous()
+                    states[part] = value.detach().to("cpu", copy=True).contiguous()
         return states, python_random
 
     def _write(self, adapter: dict[str, Tensor], own: dict[str, Tensor], python_random: str) -> None:
