@@ -38,9 +38,9 @@ COMMANDS = (
     Command("initialize", "Make an adapter to start from out of the base: PiSSA or LoftQ.", config.InitializeConfig),
     Command("report", "Make a page of one or several training runs.", config.ReportConfig, "runs"),
     Command("merge", "Add an adapter to its base, matrix by matrix.", config.MergeConfig),
-    Command("evaluate", "Measure an adapter, or a base model, on a dataset.", config.EvaluateConfig),
-    Command("push", "Publish an adapter or a merged model on the hub.", config.PushConfig),
-    Command("generate", "Answer a prompt with a trained adapter.", config.GenerateConfig),
+    Command("evaluate", "Measure an adapter, or a model, on a dataset.", config.EvaluateConfig),
+    Command("push", "Publish an adapter or a model on the hub.", config.PushConfig),
+    Command("generate", "Answer a prompt with a trained adapter, or a model.", config.GenerateConfig),
 )
 
 _HELP = ("--help", "-h")

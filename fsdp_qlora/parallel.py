@@ -271,7 +271,9 @@ def _fully_shard(
         if offload:
             offloaded |= packed | _offload(block, memory.offload_lora, ranks)
     ignored = {vocabulary.weight for vocabulary in vocabularies}
-    fully_shard(root, mesh=ranks.mesh, ignored_params=ignored, mp_policy=policy)
+    # FSDP would leave a root gathered after forward; a trained one, to be saved then, must be what the optimizer knows
+    reshard = True if root.masters else None
+    fully_shard(root, mesh=ranks.mesh, ignored_params=ignored, mp_policy=policy, reshard_after_forward=reshard)
     register_fsdp_forward_method(root, "next_tokens")
     for module in root.modules():
         if isinstance(module, FSDPModule):

@@ -10,7 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
-from fsdp_qlora.adapters import TrainedAdapter, open_adapter
+from fsdp_qlora.adapters import TrainedAdapter, form_alone, open_adapter, tokenizer_folder
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer
 from fsdp_qlora.config import EvaluateConfig
 from fsdp_qlora.data.formats import Row, load_rows
@@ -25,7 +25,6 @@ from fsdp_qlora.files import write_file
 from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.quant.adapt import QuantSettings
 
 
 @dataclass(frozen=True)
@@ -68,7 +67,7 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
         if config.adapter is not None:
             adapter = open_adapter(Path(config.adapter), config.model, config.revision)
         base = resolve(adapter.base, adapter.revision) if adapter else resolve(config.model or "", config.revision)
-        tokenizer = load_tokenizer(_tokenizer_folder(adapter, base))
+        tokenizer = load_tokenizer(tokenizer_folder(adapter, base))
         use_template(tokenizer, config.chat_template)
         report = data.DataReport(bad_rows=config.bad_rows)
         rows = load_rows(config.dataset, config.dataset_format, report, seed=config.seed) if config.exact_match else []
@@ -105,17 +104,12 @@ def save_answers(path: Path, answers: Sequence[Answer]) -> None:
         raise ConfigError(f"--save_answers={path} cannot be written ({error.strerror}); choose another file") from error
 
 
-def _tokenizer_folder(adapter: TrainedAdapter | None, base: Path) -> Path:
-    has_own = adapter is not None and (adapter.folder / "tokenizer_config.json").exists()
-    return adapter.folder if adapter is not None and has_own else base
-
-
 def _build(config: EvaluateConfig, ranks: Ranks, base: Path, adapter: TrainedAdapter | None) -> BuiltModel:
     num_blocks = read_config(base)[0].num_hidden_layers
     return build_model(
         base,
         ranks,
-        replace(adapter.quant if adapter else QuantSettings(), num_shards=ranks.num_shards),
+        replace(adapter.quant if adapter else form_alone(base), num_shards=ranks.num_shards),
         adapter.lora if adapter else None,
         compute_dtype(config.precision, ranks.device),
         memory=MemorySettings(offload_blocks=min(config.offload_blocks, num_blocks)),

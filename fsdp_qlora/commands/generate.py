@@ -1,4 +1,4 @@
-"""Answer a prompt with a base model and a trained adapter, in one process."""
+"""Answer a prompt with a trained adapter on its base, or with a model alone, in one process."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fsdp_qlora.adapters import open_adapter
+from fsdp_qlora.adapters import form_alone, open_adapter, tokenizer_folder
 from fsdp_qlora.build import build_model, load_tokenizer
 from fsdp_qlora.config import GenerateConfig
 from fsdp_qlora.data.prompts import encode_prompts
@@ -37,20 +37,23 @@ def answer(config: GenerateConfig) -> str:
         ModelError, WeightsError: the base cannot be found or read.
     """
     with process_group("full", timeout_s=600, device=config.device) as ranks:
-        adapter = open_adapter(Path(config.adapter), config.model, config.revision)
-        base_folder = resolve(adapter.base, adapter.revision)
+        adapter = None
+        if config.adapter is not None:
+            adapter = open_adapter(Path(config.adapter), config.model, config.revision)
+        base_folder = (
+            resolve(adapter.base, adapter.revision) if adapter else resolve(config.model or "", config.revision)
+        )
         built = build_model(
             base_folder,
             ranks,
-            adapter.quant,
-            adapter.lora,
+            adapter.quant if adapter else form_alone(base_folder),
+            adapter.lora if adapter else None,
             compute_dtype(config.precision, ranks.device),
-            adapter=adapter.matrices,
+            adapter=adapter.matrices if adapter else None,
             shard=False,
             attention=generation_attention(base_folder),
         )
-        has_tokenizer = (adapter.folder / "tokenizer_config.json").exists()
-        tokenizer = load_tokenizer(adapter.folder if has_tokenizer else base_folder)
+        tokenizer = load_tokenizer(tokenizer_folder(adapter, base_folder))
         torch.manual_seed(config.seed)
         return _generate(built.skeleton.model.eval(), tokenizer, config, base_folder)
 

@@ -1,4 +1,4 @@
-"""Publish an adapter or a merged model on the Hugging Face hub, with a card written from the record of its run."""
+"""Publish an adapter or a model on the Hugging Face hub, with a card written from the record of its run."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any
 from fsdp_qlora.config import PushConfig
 from fsdp_qlora.errors import CheckpointError, ConfigError, ModelError
 from fsdp_qlora.export import model_card
+from fsdp_qlora.models.hub import find_model
 from fsdp_qlora.output_files import (
     CONFIG_FILE,
     INDEX_FILE,
@@ -55,16 +56,16 @@ def run(config: PushConfig) -> None:
 
 
 def collect(folder: Path, repo: str, base_model: str | None = None) -> Upload:
-    """Return the files of an adapter or a merged model, with a card for `repo`.
+    """Return the files of an adapter or a model, with a card for `repo`.
 
     Args:
-        folder: of a training run, an adapter or a merged model.
+        folder: of a training run, an adapter, or a model that was merged or trained whole.
         base_model: the base's name for the card; default: the recorded one.
 
     Raises:
         CheckpointError: the folder holds neither, or something unfinished or unreadable.
     """
-    content = find_adapter(folder)
+    content = find_model(find_adapter(folder))
     is_adapter = (content / CONFIG_FILE).exists()
     weights = [WEIGHTS_FILE] if is_adapter else ["*.safetensors", INDEX_FILE]
     found = [path for pattern in weights for path in sorted(content.glob(pattern))]
@@ -72,7 +73,7 @@ def collect(folder: Path, repo: str, base_model: str | None = None) -> Upload:
         raise CheckpointError(f"{folder}: is unfinished ({STATE_FILE}); repeat the command that was making it")
     if not found or not (is_adapter or (content / "config.json").exists()):
         raise CheckpointError(
-            f"{folder}: holds neither an adapter ({CONFIG_FILE}, {WEIGHTS_FILE}) nor a merged model (config.json,"
+            f"{folder}: holds neither an adapter ({CONFIG_FILE}, {WEIGHTS_FILE}) nor a model (config.json,"
             " *.safetensors); give the --output_dir of train or merge"
         )
     record = read_record(content)
@@ -112,7 +113,8 @@ def _published(path: Path, base_model: str | None) -> Path | bytes:
 def _base(content: Path, is_adapter: bool, record: dict[str, Any]) -> str:
     if is_adapter:
         return str(_read(content / CONFIG_FILE).get("base_model_name_or_path") or "an unnamed base model")
-    return str(record.get("merge", {}).get("base") or "an unnamed base model")
+    trained = record.get("config", {}).get("model") if model_card.is_full(record) else None
+    return str(record.get("merge", {}).get("base") or trained or "an unnamed base model")
 
 
 def _card(repo: str, base: str, is_adapter: bool, record: dict[str, Any]) -> str:

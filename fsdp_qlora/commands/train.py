@@ -124,7 +124,10 @@ def _train(session: Session) -> bool:
     result = output / (MODEL if lora is None else ADAPTER)
     keep(result)
     if ranks.is_main:
-        write_record(output, {**record, "result": summary})
+        record["result"] = summary
+        write_record(output, record)
+        if lora is None:  # a model that stands on its own takes its record along
+            write_record(result, record)
         _say_summary(config, summary, result)
     return True
 

@@ -349,9 +349,9 @@ def _weights_of_datasets(config: DataSettings) -> str | None:
     return None
 
 
-def _nothing_to_evaluate(config: EvaluateConfig) -> str | None:
+def _no_model(config: EvaluateConfig | GenerateConfig) -> str | None:
     if config.adapter is None and config.model is None:
-        return "neither --adapter nor --model is given; name the run to evaluate, or a base model"
+        return "neither --adapter nor --model is given; name a training run, or a model"
     return None
 
 
@@ -364,9 +364,10 @@ def _answers_of_nothing(config: EvaluateConfig) -> str | None:
 CHECKS: dict[type, tuple[Check, ...]] = {
     DataConfig: (Check(("dataset", "dataset_weights"), _weights_of_datasets),),
     EvaluateConfig: (
-        Check(("adapter", "model"), _nothing_to_evaluate),
+        Check(("adapter", "model"), _no_model),
         Check(("save_answers", "exact_match"), _answers_of_nothing),
     ),
+    GenerateConfig: (Check(("adapter", "model"), _no_model),),
     InitializeConfig: SHAPE_CHECKS,
     TrainConfig: (
         *METHOD_CHECKS,

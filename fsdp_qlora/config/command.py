@@ -11,17 +11,18 @@ from fsdp_qlora.config.lora import TrainedSettings
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """Settings of one answer from a trained adapter."""
+    """Settings of one answer from a trained adapter, or from a model alone."""
 
     # --- model and prompt ---
-    adapter: str
-    """Folder of a trained adapter: the --output_dir of a training run."""
-
     prompt: str
     """The user's message."""
 
+    adapter: str | None = None
+    """Folder of a trained adapter: the --output_dir of a training run; default: --model alone."""
+
     model: str | None = None
-    """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
+    """Base model (alias, hub id or local folder), or a model trained whole (the --output_dir of the run); default: the one
+    the adapter was trained on."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model; default: the one of the training run, else the main branch."""
@@ -184,7 +185,7 @@ class ReportConfig:
 
 @dataclass(frozen=True)
 class EvaluateConfig(RowSettings):
-    """Settings of the evaluation of an adapter, or of a base model alone."""
+    """Settings of the evaluation of an adapter, or of a model alone."""
 
     # --- data ---
     dataset: str = "demo-test"
@@ -192,10 +193,11 @@ class EvaluateConfig(RowSettings):
 
     # --- model ---
     adapter: str | None = None
-    """Folder of a trained adapter, such as the --output_dir of a training run; default: the base model alone."""
+    """Folder of a trained adapter, such as the --output_dir of a training run; default: --model alone."""
 
     model: str | None = None
-    """Base model (alias, hub id or local folder); default: the one the adapter was trained on."""
+    """Base model (alias, hub id or local folder), or a model trained whole (the --output_dir of the run); default: the one
+    the adapter was trained on."""
 
     revision: str | None = None
     """Branch, tag or commit of a hub model; default: the one of the training run, else the main branch."""

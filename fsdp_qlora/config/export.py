@@ -108,11 +108,11 @@ class MergeConfig:
 
 @dataclass(frozen=True)
 class PushConfig:
-    """Settings of publishing an adapter or a merged model. The token is taken from HF_TOKEN."""
+    """Settings of publishing an adapter or a model. The token is taken from HF_TOKEN."""
 
     # --- what and where ---
     folder: str
-    """Folder of a training run, an adapter or a merged model."""
+    """Folder of a training run, an adapter, or a model that merge or full fine-tuning made."""
 
     repo: str
     """Repository on the hub, owner/name; made if it is not there."""

@@ -112,6 +112,7 @@ def _trained(source: Source, name: str, copies: list[str], gathered: Gathered) -
         if not bool(value.isfinite().all()):
             raise CheckpointError(f"'{name}' is not finite: the model is not saved; go on from an older checkpoint")
         for entry in entries:
-            sink(entry.name, value.to(entry.dtype).cpu(), 0)
+            # a copy, as FSDP cannot free memory that numpy has seen
+            sink(entry.name, value.to("cpu", entry.dtype, copy=True), 0)
 
     return Part(tuple(Slot(entry.name, entry.dtype, entry.shape) for entry in entries), make)

@@ -16,6 +16,7 @@ from fsdp_qlora.settings import show
 HUB_ID = re.compile(r"[\w-][\w.-]*/[\w-][\w.-]*")
 
 SETTINGS = (
+    "train_type",
     "dataset",
     "train_on",
     "context_length",
@@ -57,6 +58,11 @@ def _command(text: str) -> str:
     return " ".join(shlex.quote(f"{name}{sign}{value}") for name, sign, value in plain)
 
 
+def is_full(record: Mapping[str, Any]) -> bool:
+    """Return whether a record is that of full fine-tuning, and not of something merged."""
+    return record.get("config", {}).get("train_type") == "full" and "merge" not in record
+
+
 def metadata(base: str, is_adapter: bool, record: Mapping[str, Any]) -> dict[str, Any]:
     """Return the card's metadata, by the hub's names.
 
@@ -66,7 +72,7 @@ def metadata(base: str, is_adapter: bool, record: Mapping[str, Any]) -> dict[str
     data: dict[str, Any] = {
         "library_name": "peft" if is_adapter else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["qlora", "lora", "fsdp-qlora"],
+        "tags": ["fsdp-qlora"] if is_full(record) else ["qlora", "lora", "fsdp-qlora"],
     }
     if (repo := hub_id(base)) is not None:
         data |= {"base_model": repo, "base_model_relation": "adapter" if is_adapter else "finetune"}
@@ -82,6 +88,7 @@ def body(repo: str, base: str, is_adapter: bool, record: Mapping[str, Any]) -> s
     base = str(without_folders(base))
     shown = hub_id(base) or base
     kind = f"A LoRA adapter for `{shown}`" if is_adapter else f"`{shown}` with a LoRA adapter merged into it"
+    kind = f"`{shown}` with all parameters fine-tuned" if is_full(record) else kind
     parts = [f"# {repo.split('/')[-1]}", f"{kind}, trained with fsdp_qlora {_version(record)}."]
     if base in ALIASES and ALIASES[base].repo is None:
         parts.append("In training the base was a copy of it that was made from 4-bit (GGUF) values.")
@@ -157,9 +164,10 @@ def _merging(merge: Mapping[str, Any]) -> str:
 
 def _training(record: Mapping[str, Any]) -> str:
     config = record["config"]
-    rows = [(name, f"`{show(without_folders(config[name]))}`") for name in SETTINGS if name in config]  # type: ignore[arg-type]
+    names = [name for name in SETTINGS if not (is_full(record) and name.startswith("lora_"))]
+    rows = [(name, f"`{show(without_folders(config[name]))}`") for name in names if name in config]  # type: ignore[arg-type]
     base = record.get("base", {})
-    if "quant_type" in base:
+    if "quant_type" in base and not is_full(record):
         form = f"{base['quant_type']}, double quantisation {show(base['double_quant'])}"
         rows = [("base in training", form), ("base fingerprint", f"`{base.get('fingerprint')}`"), *rows]
     rows.append(("ranks", f"{record.get('world_size')} x {record.get('device')}"))

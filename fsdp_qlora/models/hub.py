@@ -72,12 +72,18 @@ def _local_folder(model: str, revision: str | None) -> Path | None:
     if alias is not None and alias.repo is None:
         _refuse_revision(model, revision)
         return smollm2.ensure(cache_dir())
-    folder = Path(model).expanduser()
+    folder = find_model(Path(model).expanduser())
     if alias is not None or not folder.is_dir():
         return None
     _refuse_revision(model, revision)
     check_config(folder)
     return folder
+
+
+def find_model(folder: Path) -> Path:
+    """Return the model's own folder where that of a run of full fine-tuning is given."""
+    inner = folder / "model"
+    return inner if (inner / "config.json").is_file() and not (folder / "config.json").exists() else folder
 
 
 def _repo(model: str) -> str:

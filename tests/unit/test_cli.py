@@ -113,7 +113,7 @@ def test_config_file_beside_flags(install: Callable[..., list[object]], tmp_path
         (("train", "--config"), "error: --config has no value; write --config value"),
         (("train", "--config", "no.yaml"), "error: --config=no.yaml: cannot be read"),
         (("train", "--packing", "runs"), "error: --packing='runs': must be true or false"),
-        (("generate",), "error: --adapter is required"),
+        (("generate",), "error: --prompt is required"),
     ],
 )
 def test_wrong_command_lines_end_with_2_before_anything_runs(
@@ -218,7 +218,7 @@ def test_command_help_shows_every_setting(
 
 def test_help_marks_required_settings(capsys: pytest.CaptureFixture[str]) -> None:
     cli.main(["generate", "--help"])
-    assert "--adapter TEXT  (required)" in capsys.readouterr().out
+    assert "--prompt TEXT  (required)" in capsys.readouterr().out
 
 
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:

@@ -239,7 +239,7 @@ def test_yaml_cannot_run_code(write, tmp_path: Path) -> None:
 
 def test_required_settings_of_another_command() -> None:
     problems = problems_of({}, cls=GenerateConfig)
-    assert [problem.split()[0] for problem in problems] == ["--adapter", "--prompt"]
+    assert [problem.split()[0] for problem in problems] == ["--prompt", "neither"]
     parsed = config.parse({"adapter": "runs/a", "prompt": "5"}, None, GenerateConfig)
     assert parsed == GenerateConfig(adapter="runs/a", prompt="5")
 
