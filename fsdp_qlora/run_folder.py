@@ -8,9 +8,10 @@ import math
 import os
 import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -46,6 +47,7 @@ class Progress:
         saved_step: step of the newest checkpoint (None: there is none).
         doing: what the run is at.
         beats, limit_s: a count that goes up whenever something is done, and the seconds in which it must.
+        spent: seconds by what the run was at before.
     """
 
     step: int = 0
@@ -54,10 +56,15 @@ class Progress:
     doing: str = "start-up"
     beats: int = 0
     limit_s: float = math.inf
+    spent: dict[str, float] = field(default_factory=lambda: {"imports": process_seconds()})
+    _since: float = field(default_factory=time.monotonic)
 
     def beat(self, doing: str | None = None) -> None:
         """Note that something was done, and what comes next."""
-        self.doing = doing or self.doing
+        if doing is not None and doing != self.doing:
+            now = time.monotonic()
+            self.spent[self.doing] = self.spent.get(self.doing, 0.0) + now - self._since
+            self.doing, self._since = doing, now
         self.beats += 1
 
     @contextlib.contextmanager
@@ -70,6 +77,15 @@ class Progress:
         finally:
             self.limit_s = limit_s
             self.beat()
+
+
+def process_seconds() -> float:
+    """Return the age of this process in seconds; 0 where the system does not tell."""
+    try:
+        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError):
+        return 0.0
 
 
 def take(config: TrainConfig) -> tuple[FileLock, bool]:

@@ -138,6 +138,7 @@ class Trainer:
             index = self.position.sequences // self.train_loader.sequences_per_step
             step_started = time.monotonic()
             batches = self.train_loader.step(epoch, index)
+            data_seconds = time.monotonic() - step_started
             try:
                 result = self.train_step(batches, step, lambda: (saver.is_writing, stop.is_asked()))
             except TrainingError as error:
@@ -146,7 +147,13 @@ class Trainer:
                 raise TrainingError(f"{error}: training examples {examples} of epoch {epoch}") from error
             seconds, loss = time.monotonic() - step_started, result.loss
             done = (time.monotonic() - started) / (step + 1 - first_step)
-            self._log_step(metrics, result, step, epoch, seconds, done * (self.num_steps - step - 1))
+            remaining = done * (self.num_steps - step - 1)
+            self._log_step(metrics, result, step, epoch, (seconds, data_seconds), remaining)
+            if step == first_step:
+                spent = {**self.progress.spent, "first step": seconds}
+                metrics.show(
+                    "until the first step: " + ", ".join(f"{what} {took:.1f} s" for what, took in spent.items())
+                )
             self.position = self._after(result.num_tokens, seconds)
             self.progress.step = self.position.step
             self.progress.beat()
@@ -227,11 +234,18 @@ class Trainer:
         }
 
     def _log_step(
-        self, metrics: Metrics, result: StepResult, step: int, epoch: int, seconds: float, remaining: float
+        self,
+        metrics: Metrics,
+        result: StepResult,
+        step: int,
+        epoch: int,
+        took: tuple[float, float],
+        remaining: float,
     ) -> None:
+        """Write the metrics of a step that took so many seconds, of which the data took the second number."""
         if (step + 1) % self.config.logging_steps and step + 1 != self.num_steps:
             return
-        rate = result.num_tokens / seconds
+        rate = result.num_tokens / took[0]
         lr = learning_rate(self.config, step, self.num_steps)
         record = {
             "loss": result.loss,
@@ -240,7 +254,8 @@ class Trainer:
             "epoch": epoch,
             "tokens_per_second": round(rate, 1),
             "target_tokens": result.num_targets,
-            "step_seconds": round(seconds, 3),
+            "step_seconds": round(took[0], 3),
+            "data_seconds": round(took[1], 4),
             "peak_gpu_gib": round(memory_gib(self.ranks.device), 2),
         }
         metrics.log(record, step + 1)
