@@ -275,19 +275,6 @@ class TrainedAdapter:
         return QuantSettings(base.get("quant_type", "nf4"), base.get("double_quant", True))
 
 
-def form_alone(folder: Path) -> QuantSettings:
-    """Return the form to hold a model in that is used without an adapter: as it was trained, if it was trained whole; else
-    the one that a base is trained in by default."""
-    is_full = read_record(folder).get("config", {}).get("train_type") == "full"
-    return QuantSettings("none" if is_full else "nf4")
-
-
-def tokenizer_folder(adapter: TrainedAdapter | None, base: Path) -> Path:
-    """Return where the tokenizer is: with the adapter, if it has one, else with the base."""
-    has_own = adapter is not None and (adapter.folder / "tokenizer_config.json").exists()
-    return adapter.folder if adapter is not None and has_own else base
-
-
 def open_adapter(folder: Path, base: str | None, revision: str | None = None) -> TrainedAdapter:
     """Return the adapter of a PEFT folder or of a run's --output_dir.
 

@@ -14,11 +14,12 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from fsdp_qlora.activation_checkpointing import Block
-from fsdp_qlora.adapters import check_adapter, check_layers
+from fsdp_qlora.adapters import TrainedAdapter, check_adapter, check_layers
 from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
 from fsdp_qlora.errors import ModelError, WeightsError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
+from fsdp_qlora.output_files import read_record
 from fsdp_qlora.parallel import LossModel, MemorySettings, allocator, parallelize
 from fsdp_qlora.quant.adapt import (
     LoraSettings,
@@ -77,6 +78,19 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def form_alone(folder: Path) -> QuantSettings:
+    """Return the form to hold a model in that is used without an adapter: as it was trained, if it was trained whole; else
+    the one that a base is trained in by default."""
+    is_full = read_record(folder).get("config", {}).get("train_type") == "full"
+    return QuantSettings("none" if is_full else "nf4")
+
+
+def tokenizer_folder(adapter: TrainedAdapter | None, base: Path) -> Path:
+    """Return where the tokenizer is: with the adapter, if it has one, else with the base."""
+    has_own = adapter is not None and (adapter.folder / "tokenizer_config.json").exists()
+    return adapter.folder if adapter is not None and has_own else base
 
 
 def build_model(

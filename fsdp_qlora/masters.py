@@ -7,7 +7,26 @@ from torch import nn
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import Skeleton
-from fsdp_qlora.quant.adapt import block_experts
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_experts, quantize_and_adapt
+from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
+
+
+def prepare(
+    skeleton: Skeleton, quant: QuantSettings, lora: LoraSettings | None, dtype: torch.dtype, full: bool
+) -> tuple[str, ...]:
+    """Make a model the one that is trained: a quantised base with LoRA beside it, or (`full`) everything.
+
+    Returns:
+        The names in transformers' model of those of embedding and head that are trained.
+
+    Raises:
+        ModelError: as `quantize_and_adapt`, `whole_modules` and `train_everything`.
+    """
+    if full:
+        train_everything(skeleton)
+        return tuple(VOCABULARY.values())
+    quantize_and_adapt(skeleton, quant, lora, dtype)
+    return whole_modules(lora, skeleton.tied)
 
 
 def train_everything(skeleton: Skeleton) -> None:

@@ -18,13 +18,13 @@ from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.host_memory import HostArena
 from fsdp_qlora.loss import chunked_cross_entropy, count_correct
-from fsdp_qlora.masters import train_everything
+from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers, quantize_and_adapt
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers
 from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import LoRALinear
-from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
+from fsdp_qlora.quant.lora import VOCABULARY
 from fsdp_qlora.weight_stream import WeightStream
 
 
@@ -185,12 +185,7 @@ def parallelize(
         ModelError: a LoRA target that matches nothing, or modules_to_save that cannot be trained.
         ConfigError: a quant_storage that FSDP would corrupt.
     """
-    if full:
-        train_everything(skeleton)
-        whole = tuple(VOCABULARY.values())
-    else:
-        quantize_and_adapt(skeleton, quant, lora, dtype)
-        whole = whole_modules(lora, skeleton.tied)
+    whole = prepare(skeleton, quant, lora, dtype, full)
     if not shard:
         names = {module: name for name, module in skeleton.model.named_modules()}
         root = LossModel(skeleton)
@@ -218,15 +213,18 @@ def parallelize(
         blocks[index] = Block(block, index, store if checkpointed else None, last, repeat_random, arriving)
     root = LossModel(skeleton)
     if full:
-        owned = (
-            (name, module, own) for module, name in names.items() for own, _ in module.named_parameters(recurse=False)
-        )
-        root.masters = tuple((f"{name}.{own}", module, own) for name, module, own in owned)
+        root.masters = _masters(names)
     offloaded = _fully_shard(root, blocks, ranks, memory, _policy(dtype) if full else MixedPrecisionPolicy())
     if memory.offload_vocabulary:
         offloaded |= {(skeleton.embedding, "weight"), (skeleton.vocabulary, "weight")}
     units = [skeleton.embedding, *blocks, *([] if skeleton.tied else [skeleton.vocabulary]), root]
     return Parallelized(root, units, names, offloaded)
+
+
+def _masters(names: dict[nn.Module, str]) -> tuple[tuple[str, nn.Module, str], ...]:
+    """Return LossModel.masters."""
+    owned = ((module, name, own) for module, name in names.items() for own, _ in module.named_parameters(recurse=False))
+    return tuple((f"{name}.{own}", module, own) for module, name, own in owned)
 
 
 def _policy(dtype: torch.dtype) -> MixedPrecisionPolicy:

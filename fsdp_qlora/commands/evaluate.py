@@ -10,8 +10,8 @@ from pathlib import Path
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
-from fsdp_qlora.adapters import TrainedAdapter, form_alone, open_adapter, tokenizer_folder
-from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer
+from fsdp_qlora.adapters import TrainedAdapter, open_adapter
+from fsdp_qlora.build import BuiltModel, build_model, form_alone, load_tokenizer, tokenizer_folder
 from fsdp_qlora.config import EvaluateConfig
 from fsdp_qlora.data.formats import Row, load_rows
 from fsdp_qlora.data.prompts import question_tokens

@@ -7,8 +7,8 @@ from pathlib import Path
 import torch
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from fsdp_qlora.adapters import form_alone, open_adapter, tokenizer_folder
-from fsdp_qlora.build import build_model, load_tokenizer
+from fsdp_qlora.adapters import open_adapter
+from fsdp_qlora.build import build_model, form_alone, load_tokenizer, tokenizer_folder
 from fsdp_qlora.config import GenerateConfig
 from fsdp_qlora.data.prompts import encode_prompts
 from fsdp_qlora.decode import read_stop_ids

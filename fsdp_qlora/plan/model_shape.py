@@ -10,11 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from fsdp_qlora.errors import ModelError
-from fsdp_qlora.masters import train_everything
+from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers, quantize_and_adapt
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers
 from fsdp_qlora.quant.experts import ExpertStack
-from fsdp_qlora.quant.lora import VOCABULARY, whole_modules
+from fsdp_qlora.quant.lora import VOCABULARY
 
 
 @dataclass(frozen=True)
@@ -140,11 +140,7 @@ def model_shape(
         own = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
         quant = replace(quant, quant_type=own[0], double_quant=own[1])
     skeleton = build_skeleton(folder, dtype)
-    if lora is None:
-        train_everything(skeleton)
-    else:
-        quantize_and_adapt(skeleton, quant, lora, dtype)
-    whole = tuple(VOCABULARY.values()) if lora is None else whole_modules(lora, skeleton.tied)
+    whole = prepare(skeleton, quant, lora, dtype, full=lora is None)
     embedding_is_trained, head_is_trained = (VOCABULARY[name] in whole for name in ("embed_tokens", "lm_head"))
     config = skeleton.config
     block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
