@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
@@ -126,7 +127,7 @@ def build_model(
         full: train every parameter, held in float32; `quant`, `lora` and `adapter` are for frozen bases.
 
     Raises:
-        ModelError: unsupported model, or a LoRA target that matches nothing.
+        ModelError: unsupported model, a LoRA target that matches nothing, or no layer that can compute in fp8.
         WeightsError: damaged, incomplete or foreign weights.
         CheckpointError: the adapter does not fit the model.
     """
@@ -166,10 +167,33 @@ def build_model(
         report = loader.load(parallelized.units, progress)
     if adapter is None and lora is not None and lora.use_dora:
         _begin_magnitudes(skeleton, ranks, dtype)
+    if quant.fp8:
+        _begin_fp8(skeleton)
     for module in skeleton.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(ranks.device))
     return BuiltModel(parallelized.root, skeleton, report, quant)
+
+
+@contextlib.contextmanager
+def _whole(block: nn.Module) -> Iterator[None]:
+    """Have a block's whole weights on the device."""
+    if isinstance(block, FSDPModule):
+        block.unshard()
+    if isinstance(block, Block):
+        block.arrive(backward=False)
+    yield
+    if isinstance(block, FSDPModule):
+        block.reshard()
+
+
+def _begin_fp8(skeleton: Skeleton) -> None:
+    """Find the gains of the matrices that are multiplied in fp8."""
+    for block in skeleton.blocks:
+        with _whole(block):
+            for linear in lora_linears(block):
+                if linear.fp8:
+                    linear.begin_fp8()
 
 
 @torch.no_grad()
@@ -177,14 +201,9 @@ def _begin_magnitudes(skeleton: Skeleton, ranks: Ranks, dtype: torch.dtype) -> N
     """Give DoRA's magnitudes their initial values, the lengths of the rows, from each block's whole matrices."""
     for block in skeleton.blocks:
         sharded = isinstance(block, FSDPModule)
-        if isinstance(block, FSDPModule):
-            block.unshard()
-        if isinstance(block, Block):
-            block.arrive(backward=False)
-        adapted = [linear for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
-        norms = [linear.row_norms(dtype) for linear in adapted]
-        if isinstance(block, FSDPModule):
-            block.reshard()
+        with _whole(block):
+            adapted = [linear for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
+            norms = [linear.row_norms(dtype) for linear in adapted]
         for linear, values in zip(adapted, norms, strict=True):
             parameter = linear.lora_magnitude_vector
             assert parameter is not None
@@ -201,12 +220,8 @@ def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
     """
     wrong: list[str] = []
     for block in built.skeleton.blocks:
-        assert isinstance(block, FSDPModule)
-        assert isinstance(block, Block)
-        block.unshard()
-        block.arrive(backward=False)
-        wrong += [layer.name for layer in packed_layers(block) if not _is_intact(layer, built.report.fingerprints)]
-        block.reshard()
+        with _whole(block):
+            wrong += [layer.name for layer in packed_layers(block) if not _is_intact(layer, built.report.fingerprints)]
     found: list[list[str]] = [[] for _ in range(ranks.world_size)]
     dist.all_gather_object(found, wrong)
     for rank, names in enumerate(found):

@@ -212,7 +212,8 @@ def _build(folder: Path, ranks: Ranks, rank: int, variant: str, blocks: int) -> 
     )
     lora = LoraSettings(rank, 16.0)
     compiled = variant.startswith("compile")
-    return build_model(folder, ranks, QuantSettings(), lora, torch.bfloat16, memory=memory, compiled=compiled)
+    quant = QuantSettings(fp8="-fp8" in variant)
+    return build_model(folder, ranks, quant, lora, torch.bfloat16, memory=memory, compiled=compiled)
 
 
 @dataclass(frozen=True)
@@ -254,7 +255,8 @@ def bench(
 ) -> None:
     """Measure variants: peft, or this trainer eager or compile, with full recomputation.
 
-    '-keep': without recomputation; '-offload': all blocks rest on the CPU; '-hidden': hidden states wait there.
+    '-keep': without recomputation; '-offload': all blocks rest on the CPU; '-hidden': hidden states wait there;
+    '-fp8': the base's products are in fp8 ('of floor' is that of bf16).
     """
     target = Path(folder or tempfile.mkdtemp())
     if not (target / "config.json").exists():

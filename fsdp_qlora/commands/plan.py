@@ -183,7 +183,8 @@ def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, 
 
 def _shape(config: PlanConfig, folder: Path, sharding: str) -> ModelShape:
     num_shards = {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
-    quant = QuantSettings(config.base_form, config.double_quant, num_shards=num_shards)
+    fp8 = config.compute_dtype == "fp8"
+    quant = QuantSettings(config.base_form, config.double_quant, num_shards=num_shards, fp8=fp8)
     lora = None if config.train_type == "full" else lora_settings(config)
     return model_shape(folder, quant, lora, compute_dtype(config.precision, torch.device("cuda")))
 

@@ -39,6 +39,7 @@ from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.plan.planner import Run
 from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.quant.fp8 import check_device
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
 from fsdp_qlora.run_folder import (
@@ -193,6 +194,8 @@ def _resolve_model(session: Session) -> Path:
     progress.limit_s = config.timeout_s
     progress.beat("start-up")
     with agree_on_errors(ranks, "checking the settings"):
+        if config.compute_dtype == "fp8":
+            check_device(ranks.device)
         folder = resolve(config.model, config.revision)
         model_config, _ = read_config(folder)
         longest = getattr(model_config, "max_position_embeddings", None)
@@ -291,7 +294,8 @@ def _compiles(config: TrainConfig, ranks: Ranks) -> bool:
 
 
 def _quant_settings(config: TrainConfig, ranks: Ranks) -> QuantSettings:
-    return QuantSettings(config.base_form, config.double_quant, config.quant_storage, ranks.num_shards)
+    fp8 = config.compute_dtype == "fp8"
+    return QuantSettings(config.base_form, config.double_quant, config.quant_storage, ranks.num_shards, fp8)
 
 
 def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings | None) -> MemorySettings:
@@ -339,7 +343,7 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
     _say(
         ranks,
         f"{trained}: {trainable:,} trainable parameters, {ranks.world_size} x {ranks.device.type},"
-        f" {dtype}, sharding {config.sharding}\n"
+        f" {dtype}{', base in fp8' * (config.compute_dtype == 'fp8')}, sharding {config.sharding}\n"
         f"step: {config.batch_size} sequences x {config.gradient_accumulation_steps} micro-batches x {ranks.world_size}"
         f" ranks = {sequences} sequences of up to {config.context_length} tokens ="
         f" {sequences * config.context_length:,} tokens\n"

@@ -23,7 +23,7 @@ from fsdp_qlora.config.export import MergeConfig as MergeConfig
 from fsdp_qlora.config.export import PushConfig as PushConfig
 from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.config.export import is_size
-from fsdp_qlora.config.lora import FULL_CHECK, METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
+from fsdp_qlora.config.lora import FP8_CHECK, FULL_CHECK, METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
 from fsdp_qlora.config.lora import InitializeConfig as InitializeConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 
@@ -372,6 +372,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     TrainConfig: (
         *METHOD_CHECKS,
         FULL_CHECK,
+        FP8_CHECK,
         Check(("dataset", "dataset_weights"), _weights_of_datasets),
         Check(("sharding", "loading"), _broadcast_without_copies),
         Check(("sharding", "cpu_offload"), _offload_without_shards),
@@ -384,6 +385,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     PlanConfig: (
         *SHAPE_CHECKS,
         FULL_CHECK,
+        FP8_CHECK,
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("gpu_memory", "gpus"), _sizes_of_gpus),

@@ -35,6 +35,10 @@ class BaseSettings:
     double_quant: bool = True
     """Quantise the block scales too (0.37 bit per weight less); bitsandbytes' double quantisation."""
 
+    compute_dtype: Literal["same", "fp8"] = "same"
+    """Products of the frozen 4-bit base: same, in the dtype of --precision; or fp8 (e4m3), for which activations, gradients
+    and weights are rounded to 4 significant bits, while LoRA and all else stays in bf16. For Ada, Hopper and newer GPUs."""
+
     @property
     def base_form(self) -> str:
         """What --quant_type means: nf4, fp4 or none."""

@@ -147,7 +147,15 @@ DECIDED_BY_ADAPTER = (
 METHOD_SETTINGS = ("train_type", *DECIDED_BY_ADAPTER, "adapter")
 """Settings that decide which matrices there are and what they compute."""
 
-FOR_LORA = (*DECIDED_BY_ADAPTER, "adapter", "lora_dropout", "loraplus_lr_ratio", "double_quant", "quant_storage")
+FOR_LORA = (
+    *DECIDED_BY_ADAPTER,
+    "adapter",
+    "lora_dropout",
+    "loraplus_lr_ratio",
+    "double_quant",
+    "quant_storage",
+    "compute_dtype",
+)
 """Settings that mean nothing in full fine-tuning."""
 
 
@@ -243,6 +251,14 @@ def _full_beside_lora(config: Any) -> str | None:
         " base; leave it out, or use --train_type=lora"
     )
 
+
+def _fp8_of_no_bf16(config: Any) -> str | None:
+    if config.compute_dtype == "fp8" and config.precision == "fp32":
+        return "--compute_dtype=fp8 with --precision=fp32: GPUs give fp8 products in bf16; use --precision=bf16"
+    return None
+
+
+FP8_CHECK = Check(("compute_dtype", "precision"), _fp8_of_no_bf16)
 
 FULL_CHECK = Check(("train_type", "quant_type"), _full_beside_lora)
 

@@ -14,6 +14,7 @@ from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers
 from fsdp_qlora.quant.experts import ExpertStack
+from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import VOCABULARY
 
 
@@ -59,8 +60,9 @@ class ModelShape:
         widths: see Widths.
         num_heads: query heads.
         held: what the matrices of the blocks are: 4-bit, 16-bit or 32-bit weights.
-        largest_weights: of the quantised matrices of a block, the only one that is dequantised at a time; 0 where they are
-            held as they compute.
+        largest_matrix: bytes of the largest matrix of a block when dequantised, one at a time; 0 where they are held as they
+            compute.
+        fp8_width: widest input or output of a layer that computes in fp8, of which there is a copy in fp8 meanwhile.
         largest_packed: bytes of the largest 4-bit parameter, which is one matrix, or that of all experts.
         lora_widths: sums over the LoRA layers of a block: rank, input width, and with DoRA output width.
         itemsize: bytes of the compute dtype.
@@ -79,7 +81,8 @@ class ModelShape:
     widths: Widths
     num_heads: int
     held: str
-    largest_weights: int
+    largest_matrix: int
+    fp8_width: int
     largest_packed: int
     lora_widths: tuple[int, int, int]
     itemsize: int
@@ -165,7 +168,10 @@ def model_shape(
         widths=_widths(skeleton),
         num_heads=config.num_attention_heads,
         held="4-bit weights" if quant.is_4bit else f"{8 * dtype.itemsize}-bit weights",
-        largest_weights=max((layout.num_weights for layout in layouts if layout.dense_dtype != dtype), default=0),
+        largest_matrix=max((_dequantised_bytes(layer, dtype) for layer in packed_layers(block)), default=0),
+        fp8_width=max(
+            (max(linear.out_features, linear.in_features) for linear in lora_linears(block) if linear.fp8), default=0
+        ),
         largest_packed=max((layout.padded_bytes for layout in layouts), default=0),
         lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
         itemsize=dtype.itemsize,
@@ -174,6 +180,13 @@ def model_shape(
         trained=(embedding_is_trained, embedding_is_trained if skeleton.tied else head_is_trained),
         full=lora is None,
     )
+
+
+def _dequantised_bytes(layer: LoRALinear | ExpertStack, dtype: torch.dtype) -> int:
+    if layer.layout.dense_dtype == dtype:
+        return 0
+    in_fp8 = isinstance(layer, LoRALinear) and layer.fp8
+    return layer.layout.num_weights * (1 if in_fp8 else dtype.itemsize)
 
 
 def _rows(rows: int, num_shards: int, shard: int) -> int:

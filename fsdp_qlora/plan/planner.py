@@ -181,7 +181,11 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     saved = _saved(shape, run)
     kept = {"kept hidden states": on_gpu * hidden, "kept activations": (count - memory.checkpoint_blocks) * saved}
     first = {"kept hidden states": min(on_gpu, 1) * hidden, "kept activations": kept["kept activations"] / count}
-    running = {"running block": _running(shape, memory), "dequantised matrix": shape.largest_weights * itemsize}
+    running = {
+        "running block": _running(shape, memory),
+        "dequantised matrix": shape.largest_matrix,
+        "activations in fp8": tokens * shape.fp8_width,
+    }
     backward = {
         **running,
         "activations": (saved if memory.checkpoint_blocks else 0) + tokens * BACKWARD.bytes_per_token(widths, itemsize),

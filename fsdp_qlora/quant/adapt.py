@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.quant.experts import PARTS, ExpertStack, QuantizedExperts
+from fsdp_qlora.quant.fp8 import ALIGNMENT, suits_fp8
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import LoraSettings as LoraSettings
@@ -24,12 +25,14 @@ class QuantSettings:
 
     Attributes:
         quant_type: 'nf4' or 'fp4'; 'none' for the dtype of the computation; or one of layout.DENSE_DTYPES.
+        fp8: whether the linear layers multiply with it in fp8, where their shapes allow it. Experts do not.
     """
 
     quant_type: str = "nf4"
     double_quant: bool = True
     storage: str = "float32"
     num_shards: int = 1
+    fp8: bool = False
 
     @property
     def is_4bit(self) -> bool:
@@ -105,7 +108,7 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
         dtype: dtype of the computation.
 
     Raises:
-        ModelError: a LoRA target, block or pattern that matches no layer.
+        ModelError: a LoRA target, block or pattern that matches no layer; or no layer can compute in fp8.
     """
     quant = quant.held(dtype)
     linears = block_linears(skeleton)
@@ -131,8 +134,14 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
             scaling=lora.scaling_of(name) if lora is not None else 1.0,
             dropout=lora.dropout if lora is not None else 0.0,
             use_dora=lora is not None and lora.use_dora,
+            fp8=quant.fp8 and suits_fp8(layout),
         )
         setattr(skeleton.model.get_submodule(parent_name), leaf, replacement)
+    if quant.fp8 and not any(linear.fp8 for linear in lora_linears(skeleton.model)):
+        raise ModelError(
+            f"compute_dtype fp8: needs 4-bit linear layers whose widths are multiples of {ALIGNMENT}, and this model, held"
+            f" as {quant.quant_type}, has none; leave it out"
+        )
 
 
 def _quantize_experts(skeleton: Skeleton, quant: QuantSettings) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from fsdp_qlora.quant.fp8 import E4M3
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.nf4 import dense_matrix, dequantize_reference
 
@@ -95,4 +96,57 @@ def dequantize(
         beside,
         below,
     )
+    return result
+
+
+def _dequantize_fp8(packed: Tensor, layout: Layout, gain: Tensor, transpose: bool) -> Tensor:
+    shape = (layout.in_features, layout.out_features) if transpose else (layout.out_features, layout.in_features)
+    out = torch.empty(shape, dtype=E4M3, device=packed.device)
+    if packed.is_cuda:
+        from fsdp_qlora.quant.kernels import dequantize_fp8_into
+
+        dequantize_fp8_into(out, packed, layout, gain, transpose)
+    else:
+        matrix = dequantize_reference(packed, layout, torch.float32) * gain
+        out.copy_(matrix.t() if transpose else matrix)
+    return out
+
+
+@torch.library.custom_op("fsdp_qlora::dequantize_fp8", mutates_args=())
+def _dequantize_fp8_op(
+    packed: Tensor,
+    gain: Tensor,
+    out_features: int,
+    in_features: int,
+    quant_type: str,
+    double_quant: bool,
+    transpose: bool,
+) -> Tensor:
+    return _dequantize_fp8(packed, Layout(out_features, in_features, quant_type, double_quant), gain, transpose)
+
+
+@_dequantize_fp8_op.register_fake
+def _(
+    packed: Tensor,
+    gain: Tensor,
+    out_features: int,
+    in_features: int,
+    quant_type: str,
+    double_quant: bool,
+    transpose: bool,
+) -> Tensor:
+    return packed.new_empty((in_features, out_features) if transpose else (out_features, in_features), dtype=E4M3)
+
+
+def dequantize_fp8(packed: Tensor, layout: Layout, gain: Tensor, *, transpose: bool) -> Tensor:
+    """Return a 4-bit matrix times its gain in e4m3, [out, in] for forward, or transposed [in, out] for backward.
+
+    Args:
+        packed: gathered flat parameter, 1-D, storage dtype.
+        gain: of the matrix, fp32 [1], see fp8.py.
+    """
+    if not torch.compiler.is_compiling():
+        return _dequantize_fp8(packed, layout, gain, transpose)
+    shape = layout.out_features, layout.in_features
+    result: Tensor = _dequantize_fp8_op(packed, gain, *shape, layout.quant_type, layout.double_quant, transpose)
     return result

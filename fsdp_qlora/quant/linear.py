@@ -5,7 +5,8 @@
 or, with DoRA, y = m / |W + s B A| * (x W^T + s (x A^T) B^T) + b, with the lengths of the rows |.| as constants.
 
 Saved for backward are the input, s x A^T and references to the parameters, which FSDP frees and refills; the
-dequantised W is made again in backward and never outlives the operation.
+dequantised W is made again in backward and never outlives the operation. With a gain, the products with W, x W^T and dy W,
+are computed in fp8 (fp8.py); everything else, LoRA included, stays in the dtype of x.
 """
 
 from __future__ import annotations
@@ -18,7 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.quant.dequantize import dequantize, dequantize_fp8
+from fsdp_qlora.quant.fp8 import fp8_product, gain_of
 from fsdp_qlora.quant.layout import Layout
 
 ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
@@ -44,13 +46,23 @@ def _widens(rank: int, layout: Layout) -> bool:
 
 
 def _forward_product(
-    x_TI: Tensor, a_TR: Tensor | None, packed: Tensor, lora_B: Tensor | None, bias: Tensor | None, layout: Layout
+    x_TI: Tensor,
+    a_TR: Tensor | None,
+    packed: Tensor,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    layout: Layout,
+    gain: Tensor | None,
 ) -> Tensor:
     """Return x W^T + a B^T + bias, without the second product where there is no LoRA.
 
     Adding the second product reads and writes the whole output. Where that is wider than the input, one product of the
     widened matrices, [x | a] [W | B]^T, is less work although it copies x.
     """
+    if gain is not None:
+        y_TO = fp8_product(x_TI, dequantize_fp8(packed, layout, gain, transpose=False), gain)
+        y_TO = y_TO if bias is None else y_TO + bias
+        return y_TO if a_TR is None or lora_B is None else _add_product(y_TO, a_TR, lora_B.to(y_TO.dtype).t())
     if a_TR is None or lora_B is None:
         return F.linear(x_TI, dequantize(packed, layout, x_TI.dtype, "forward"), bias)
     if layout.out_features > layout.in_features and _widens(a_TR.shape[1], layout):
@@ -60,8 +72,15 @@ def _forward_product(
     return _add_product(y_TO, a_TR, lora_B.to(y_TO.dtype).t())
 
 
-def _backward_product(dy_TO: Tensor, g_TR: Tensor, packed: Tensor, lora_A: Tensor, layout: Layout) -> Tensor:
+def _backward_product(
+    dy_TO: Tensor, g_TR: Tensor | None, packed: Tensor, lora_A: Tensor | None, layout: Layout, gain: Tensor | None
+) -> Tensor:
     """Return dy W + g A, as one product [dy | g] [W; A] where the result is wider than dy (see _forward_product)."""
+    if gain is not None:
+        dx_TI = fp8_product(dy_TO, dequantize_fp8(packed, layout, gain, transpose=True), gain)
+        return dx_TI if g_TR is None or lora_A is None else _add_product(dx_TI, g_TR, lora_A.to(dx_TI.dtype))
+    if g_TR is None or lora_A is None:
+        return dy_TO @ dequantize(packed, layout, dy_TO.dtype, "backward")
     if layout.in_features > layout.out_features and _widens(g_TR.shape[1], layout):
         weight = dequantize(packed, layout, dy_TO.dtype, "backward", below=lora_A)
         return torch.cat((dy_TO, g_TR), 1) @ weight
@@ -84,30 +103,32 @@ class LoRALinearFunction(torch.autograd.Function):
         layout: Layout,
         scaling: float,
         skip_product: bool = False,
+        gain: Tensor | None = None,
     ) -> Tensor:
         x_TI = x.reshape(-1, x.shape[-1])
         ctx.layout, ctx.scaling, ctx.has_dropout = layout, scaling, x_lora is not None
         a_TR = None
         if lora_A is None or lora_B is None:
-            ctx.save_for_backward(packed)
+            ctx.save_for_backward(packed, gain)
         else:
             u_TI = x_TI if x_lora is None else x_lora.reshape(-1, x.shape[-1])
             a_TR = (u_TI @ lora_A.to(x.dtype).t()) * scaling
-            ctx.save_for_backward(packed, u_TI, a_TR, lora_A, lora_B)
+            ctx.save_for_backward(packed, gain, u_TI, a_TR, lora_A, lora_B)
         if skip_product:
             y_TO = x.new_empty(x_TI.shape[0], layout.out_features)
         else:
-            y_TO = _forward_product(x_TI, a_TR, packed, lora_B, bias, layout)
+            y_TO = _forward_product(x_TI, a_TR, packed, lora_B, bias, layout, gain)
         return y_TO.view(*x.shape[:-1], layout.out_features)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         (dy,) = grads
-        packed, *saved = ctx.saved_tensors
+        packed, gain, *saved = ctx.saved_tensors
         layout: Layout = ctx.layout
         dy_TO = dy.reshape(-1, layout.out_features)
         x_shape = (*dy.shape[:-1], layout.in_features)
         dx_TI = du_TI = dA_RI = dB_OR = None
+        g_TR = lora_A = None
         if saved:
             u_TI, a_TR, lora_A, lora_B = saved
             g_TR = (dy_TO @ lora_B.to(dy.dtype)) * ctx.scaling
@@ -116,13 +137,11 @@ class LoRALinearFunction(torch.autograd.Function):
             if ctx.has_dropout and ctx.needs_input_grad[1]:
                 du_TI = g_TR @ lora_A.to(dy.dtype)
         if ctx.needs_input_grad[0]:
-            if saved and not ctx.has_dropout:
-                dx_TI = _backward_product(dy_TO, g_TR, packed, lora_A, layout)
-            else:
-                dx_TI = dy_TO @ dequantize(packed, layout, dy.dtype, "backward")
+            branch = (None, None) if ctx.has_dropout else (g_TR, lora_A)
+            dx_TI = _backward_product(dy_TO, branch[0], packed, branch[1], layout, gain)
         dx = None if dx_TI is None else dx_TI.view(x_shape)
         du = None if du_TI is None else du_TI.view(x_shape)
-        return dx, du, None, None, dA_RI, dB_OR, None, None, None
+        return dx, du, None, None, dA_RI, dB_OR, None, None, None, None
 
 
 @torch.no_grad()
@@ -149,7 +168,8 @@ class LoRALinear(nn.Module):
     """Frozen 4-bit linear layer with an optional LoRA branch.
 
     Parameters: `packed` (flat 4-bit parameter, frozen), `bias` (frozen, optional), `lora_A` [r, in] and `lora_B` [out, r]
-    in float32 (trained; absent with rank 0), `lora_magnitude_vector` [out] in float32 (trained; with DoRA only).
+    in float32 (trained; absent with rank 0), `lora_magnitude_vector` [out] in float32 (trained; with DoRA only). Buffer:
+    `gain` [1] in float32, of the matrix in fp8; None where its products are not in fp8, and until `begin_fp8`.
 
     Args:
         name: name of the layer in the model it replaces, such as model.layers.0.self_attn.q_proj.
@@ -160,6 +180,7 @@ class LoRALinear(nn.Module):
         scaling: factor s of the LoRA branch.
         dropout: probability with which elements of the LoRA branch's input are zeroed in training.
         use_dora: train the lengths of the rows of W + s B A apart from their directions.
+        fp8: compute the products with W in fp8; the layout must suit it (fp8.suits_fp8).
 
     Attributes:
         skip_product: return an unset output, for a second run of which only the gradients are wanted.
@@ -170,6 +191,7 @@ class LoRALinear(nn.Module):
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
     lora_magnitude_vector: nn.Parameter | None
+    gain: Tensor | None
 
     def __init__(
         self,
@@ -182,6 +204,7 @@ class LoRALinear(nn.Module):
         scaling: float = 1.0,
         dropout: float = 0.0,
         use_dora: bool = False,
+        fp8: bool = False,
         device: torch.device | str = "meta",
     ) -> None:
         super().__init__()
@@ -198,7 +221,8 @@ class LoRALinear(nn.Module):
             if use_dora:
                 magnitudes = torch.empty(layout.out_features, dtype=torch.float32, device=device)
                 self.lora_magnitude_vector = nn.Parameter(magnitudes)
-        self.dropout = dropout
+        self.dropout, self.fp8 = dropout, fp8
+        self.register_buffer("gain", None, persistent=False)
         self.skip_product = False
 
     def adapter(self) -> Iterator[tuple[str, nn.Parameter]]:
@@ -223,15 +247,21 @@ class LoRALinear(nn.Module):
         assert self.lora_B is not None
         return row_norms(self.packed, self.lora_A, self.lora_B, self.layout, self.scaling, dtype)
 
+    def begin_fp8(self) -> None:
+        """Find the gain of the matrix, once its weights are loaded; the parameters must be whole."""
+        self.gain = torch.tensor([gain_of(self.packed, self.layout)], device=self.packed.device)
+
     def forward(self, x: Tensor) -> Tensor:
         """Map x [..., in] to [..., out] in the dtype of x."""
+        assert self.gain is not None or not self.fp8
         x_lora = None
         if self.dropout > 0 and self.training and self.lora_A is not None:
             x_lora = F.dropout(x, self.dropout)
         if self.lora_magnitude_vector is not None:
             return self._decomposed(x, x_lora, self.lora_magnitude_vector)
+        matrices = self.packed, self.bias, self.lora_A, self.lora_B
         y: Tensor = LoRALinearFunction.apply(  # type: ignore[no-untyped-call]
-            x, x_lora, self.packed, self.bias, self.lora_A, self.lora_B, self.layout, self.scaling, self.skip_product
+            x, x_lora, *matrices, self.layout, self.scaling, self.skip_product, self.gain
         )
         return y
 
@@ -246,11 +276,13 @@ class LoRALinear(nn.Module):
         apply = LoRALinearFunction.apply
         branch = x if x_lora is None else x_lora
         y: Tensor = apply(  # type: ignore[no-untyped-call]
-            branch, None, self.packed, None, self.lora_A, self.lora_B, self.layout, self.scaling, False
+            branch, None, self.packed, None, self.lora_A, self.lora_B, self.layout, self.scaling, False, self.gain
         )
         y = (y * (magnitudes / self.row_norms(x.dtype))).to(x.dtype)
         if x_lora is not None:
-            rest: Tensor = apply(x - x_lora, None, self.packed, self.bias, None, None, self.layout, self.scaling, False)  # type: ignore[no-untyped-call]
+            rest: Tensor = apply(  # type: ignore[no-untyped-call]
+                x - x_lora, None, self.packed, self.bias, None, None, self.layout, self.scaling, False, self.gain
+            )
             return y + rest
         return y if self.bias is None else y + self.bias
 

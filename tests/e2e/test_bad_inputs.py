@@ -125,6 +125,7 @@ CASES: dict[str, Case] = {
     "rank 0": Case("--lora_rank='0': must be at least 1", code=2, settings={"lora_rank": "0"}),
     "unknown setting": Case("did you mean --lora_rank?", code=2, settings={"lora_rnak": "8"}),
     "offload without shards": Case("--cpu_offload=all", code=2, settings={"sharding": "none", "cpu_offload": "all"}),
+    "fp8 on a CPU": Case("--compute_dtype=fp8 on a CPU", code=2, settings={"compute_dtype": "fp8"}),
     "output folder in use": Case("is not empty", code=2, settings={"output_dir": "MODEL"}),
     "output folder is a file": Case("cannot be used", code=2, settings={"output_dir": "DATASET"}),
 }

@@ -138,6 +138,8 @@ def test_long_output_dir_of_short_parts_is_fine() -> None:
         ({"loading": "broadcast"}, "use --loading=read"),
         ({"eval_steps": "5", "eval_split": "0"}, "give --eval_dataset or an --eval_split above 0"),
         ({"adapter": "runs/a", "lora_rank": "8", "use_rslora": "True"}, "the adapter's own config decides"),
+        ({"compute_dtype": "fp8", "precision": "fp32"}, "use --precision=bf16"),
+        ({"compute_dtype": "fp8", "train_type": "full"}, "without LoRA and without a quantised base"),
         ({"layers_to_transform": "0-3", "lora_target_modules": ".*q_proj"}, "put the blocks into the expression"),
     ],
 )

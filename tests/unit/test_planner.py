@@ -175,6 +175,26 @@ def test_full_fine_tuning_is_refused_where_it_cannot_fit(folders: dict[str, Path
     assert choice.memory.offload_blocks > 0
 
 
+def test_fp8_halves_the_dequantised_matrix_and_copies_activations(folders: dict[str, Path]) -> None:
+    run = Run(1, 2048, MemorySettings(checkpoint_blocks=32))
+    plain, fp8 = (
+        estimate(model_shape(folders["8b"], QuantSettings(fp8=fp8), LoraSettings(16, 16.0), torch.bfloat16), run)
+        for fp8 in (False, True)
+    )
+    # in the phase of the peak, the last block's backward
+    assert plain.gpu["dequantised matrix"] == 2 * fp8.gpu["dequantised matrix"] == 2 * 14336 * 4096
+    assert "activations in fp8" not in plain.gpu
+    assert fp8.gpu["activations in fp8"] == 2048 * 14336
+
+
+def test_fp8_leaves_experts_as_they_are(tmp_path: Path) -> None:
+    settings = {**COMMON, **FAMILIES["qwen3_moe"], "moe_intermediate_size": 64}
+    AutoConfig.for_model("qwen3_moe", **settings).save_pretrained(tmp_path)
+    shape = model_shape(tmp_path, QuantSettings(fp8=True), LoraSettings(4, 16.0), torch.bfloat16)
+    assert shape.largest_matrix == 2 * 64 * 64
+    assert shape.fp8_width == 4 * 24  # of the attention
+
+
 NUM_NORMS = {"gemma2": 4, "gemma3_text": 4, "glm4": 4, "cohere": 1, "cohere_qk_norm": 1, "cohere2": 1}
 """Norms of a block over hidden states, where there are not two."""
 
@@ -217,7 +237,7 @@ def test_a_base_in_16_bits_is_read_as_it_is_held(folders: dict[str, Path]) -> No
     for quant_type in ("nf4", "none"):
         shape = model_shape(folders["8b"], QuantSettings(quant_type), lora, torch.bfloat16)
         found.append(estimate(shape, Run(1, 2048, MemorySettings(checkpoint_blocks=32))))
-        assert (shape.largest_weights > 0) == (quant_type == "nf4")
+        assert (shape.largest_matrix > 0) == (quant_type == "nf4")
     (nf4, dense), weights = found, sum(block.num_weights for block in shape.blocks)
     assert dense.gpu["16-bit weights"] == 2 * weights + sum(b.frozen_part for b in shape.blocks) + 2 * shape.norm_part
     assert dense.gpu["16-bit weights"] > 3.8 * nf4.gpu["4-bit weights"]
