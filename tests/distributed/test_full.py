@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from fsdp_qlora import data
@@ -16,6 +17,7 @@ from fsdp_qlora.adapters import full_tensor
 from fsdp_qlora.build import build_model
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, make_mesh, process_group
+from fsdp_qlora.optim import local
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.resume import trainable
 from fsdp_qlora.trainer import Trainer
@@ -138,3 +140,20 @@ def test_bf16_is_that_of_transformers(tmp_path: Path) -> None:
         assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
         total, _ = differences(found["gradients"], expected["gradients"])
         assert total < 0.02
+
+
+def load_on_rank(folder: Path, sharding: str) -> tuple[int, int]:
+    """Return the bytes that this rank read, and those that it holds."""
+    with process_group("full", timeout_s=60, device="cpu") as ranks:
+        ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, sharding))
+        quant = QuantSettings("none", num_shards=ranks.num_shards)
+        built = build_model(folder, ranks, quant, None, torch.bfloat16, full=True)
+        held = sum(local(parameter).nbytes for _, parameter in trainable(built.root))
+        return built.report.bytes_read, held
+
+
+def test_each_rank_reads_and_holds_only_its_rows(tmp_path: Path) -> None:
+    folder = save_tiny("llama", tmp_path, torch.bfloat16, num_hidden_layers=2)
+    whole_bytes = sum(value.nbytes for value in load_file(folder / "model.safetensors").values())
+    assert run_ranks(load_on_rank, 2, folder, "full") == [(whole_bytes / 2, 2 * whole_bytes / 2)] * 2
+    assert run_ranks(load_on_rank, 2, folder, "none") == [(whole_bytes, 2 * whole_bytes)] * 2

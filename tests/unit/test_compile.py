@@ -51,3 +51,25 @@ def test_versions_suffice(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr(parallel, "COMPILED_VERSIONS", 8)
     with pytest.raises(torch._dynamo.exc.FailOnRecompileLimitHit):
         train(folder, ranks)
+
+
+def test_full_fine_tuning_is_the_same_compiled(ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_blocks = []
+
+    def compile(module: nn.Module) -> None:
+        compiled_blocks.append(module)
+        module._compiled_call_impl = torch.compile(module._call_impl, backend="aot_eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile)
+    folder = save_tiny("llama", tmp_path, num_hidden_layers=2)
+    batch = whole_rows(random_ids(2, 16, COMMON["vocab_size"]))
+    found = []
+    for compiled in (False, True):
+        torch._dynamo.reset()
+        memory = MemorySettings(checkpoint_blocks=1)
+        quant = QuantSettings("none")
+        built = build_model(folder, ranks, quant, None, torch.float32, memory=memory, compiled=compiled, full=True)
+        trainer = make_trainer(built, ranks, max_steps=3, lr=1e-3)
+        found.append([trainer.train_step([batch], step).loss for step in range(3)])
+    assert len(compiled_blocks) == 2
+    assert found[0] == pytest.approx(found[1], rel=1e-6)
