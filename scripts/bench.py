@@ -8,6 +8,7 @@ measured matmul and copy rates.
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import statistics
 import tempfile
@@ -33,6 +34,7 @@ from fsdp_qlora.distributed import Ranks, process_group
 from fsdp_qlora.optim import build_optimizer, clip_gradients
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.quant.fp8 import CAPABILITY, quantize_rows
 
 KINDS = {
     "attention": ("flash", "fmha"),
@@ -45,7 +47,7 @@ KINDS = {
 
 
 def measured_rates() -> dict[str, float]:
-    """Return the card's bf16 matmul rate in TFLOP/s and its host link's rate in GB/s, on random data."""
+    """Return the card's bf16 and fp8 matmul rates in TFLOP/s and its host link's rate in GB/s, on random data."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     matmul = _median_seconds(lambda: a @ b, 10)
     host, device = (
@@ -53,7 +55,15 @@ def measured_rates() -> dict[str, float]:
         torch.empty(1 << 28, dtype=torch.uint8, device="cuda"),
     )
     copy = _median_seconds(lambda: device.copy_(host, non_blocking=True), 10)
-    return {"tflops": 2 * 8192**3 / matmul / 1e12, "host_gbs": (1 << 28) / copy / 1e9}
+    rates = {"tflops": 2 * 8192**3 / matmul / 1e12, "host_gbs": (1 << 28) / copy / 1e9}
+    if torch.cuda.get_device_capability() < CAPABILITY:
+        return rates
+    (a8, a_scale), (b8, b_scale) = quantize_rows(a), quantize_rows(b)
+    for name, fast in (("fp8", True), ("fp8 with exact accumulation", False)):
+        scales = {"scale_a": a_scale, "scale_b": b_scale.t(), "out_dtype": a.dtype, "use_fast_accum": fast}
+        seconds = _median_seconds(functools.partial(torch._scaled_mm, a8, b8.t(), **scales), 10)
+        rates[name] = 2 * 8192**3 / seconds / 1e12
+    return rates
 
 
 def _median_seconds(action: Callable[[], object], repeats: int) -> float:
@@ -285,6 +295,7 @@ def bench(
             )
     Console(width=110).print(table)
     print(f"measured: bf16 matmul {rates['tflops']:.0f} TFLOP/s, host to device {rates['host_gbs']:.1f} GB/s")
+    print("".join(f"{name} {rate:.0f} TFLOP/s; " for name, rate in rates.items() if name.startswith("fp8")))
 
 
 if __name__ == "__main__":
