@@ -106,9 +106,9 @@ each loads its own rows, checkpoints are written shard by shard, and the result 
 
 What works as with LoRA: resuming bit for bit, also with another number of ranks; `--sharding hybrid` and `none`;
 `--cpu_offload` (a block's weights, gradients and moments rest in CPU memory, where AdamW then works on them);
-`--activation_checkpointing`, packing, `--keep_best`; and `fsdp-qlora plan --train_type full`, which has not been compared
-with GPUs yet. Use a tenth of LoRA's learning rate or less. Refused: settings of LoRA and of 4-bit storage, models that are
-quantised already, and mixtures of experts.
+`--activation_checkpointing`, packing, `--keep_best`. Use a tenth of LoRA's learning rate or less. Refused: settings of LoRA
+and of 4-bit storage, models that are quantised already, and mixtures of experts. `fsdp-qlora plan --train_type full` counts
+the memory; speed and memory on GPUs have not been measured yet.
 
 The result is `model` in the run's folder: the checkpoint of the base with other values, in its names and dtypes, with
 index, config.json and tokenizer. transformers loads it, and so does everything here that takes a `--model`, which may also

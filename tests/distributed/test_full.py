@@ -61,35 +61,37 @@ def make_trainer(folder: Path, split: Split, ranks: Ranks, dtype: torch.dtype) -
     return Trainer(config, ranks, built, loader, {})
 
 
-def train_on_rank(folder: Path, splits: list[Split], dtype: torch.dtype) -> list[Results]:
+def train_on_rank(folder: Path, splits: list[Split], dtype: torch.dtype, device: str = "cpu") -> list[Results]:
     results = []
-    with process_group("full", timeout_s=60, device="cpu") as ranks:
+    with process_group("full", timeout_s=60, device=device) as ranks:
         for split in splits:
             trainer = make_trainer(folder, split, ranks, dtype)
             gradients: list[dict[str, np.ndarray]] = []
 
             def keep(*_: Any, trainer: Trainer = trainer, kept: list[dict[str, np.ndarray]] = gradients) -> None:
-                kept.append({name: whole(parameter.grad) for name, parameter in trainable(trainer.root)})
+                kept.append({name: whole(parameter.grad, trainer) for name, parameter in trainable(trainer.root)})
 
             trainer.optimizer.register_step_pre_hook(keep)
             steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(NUM_STEPS)]
-            after = {name: whole(parameter) for name, parameter in trainable(trainer.root)}
+            after = {name: whole(parameter, trainer) for name, parameter in trainable(trainer.root)}
             losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
             results.append({"losses": losses, "norms": norms, "gradients": gradients[0], "after": after})
     return results
 
 
-def whole(value: torch.Tensor | None) -> np.ndarray:
+def whole(value: torch.Tensor | None, trainer: Trainer) -> np.ndarray:
     assert value is not None
     assert value.dtype == torch.float32
-    return full_tensor(value, torch.device("cpu")).numpy()
+    return full_tensor(value, trainer.ranks.device).numpy()
 
 
-def train_alone(folder: Path, dtype: torch.dtype) -> Results:
+def train_alone(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Results:
     """Do the same steps with transformers' model and torch's AdamW: float32 masters, the computation in `dtype`."""
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").train()
-    masters = dict(model.named_parameters())
-    computing = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").train()
+    masters = dict(model.to(device).named_parameters())
+    computing = (
+        AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, attn_implementation="eager").to(device).train()
+    )
     optimizer = torch.optim.AdamW(masters.values(), lr=LR, weight_decay=0.1)
     loader = data.Loader(examples(), **LOADER, batch_size=4, gradient_accumulation_steps=1, rank=0, world_size=1)
     found: Results = {"losses": [], "norms": []}
@@ -97,7 +99,8 @@ def train_alone(folder: Path, dtype: torch.dtype) -> Results:
         (batch,) = loader.step(0, index)
         labels = torch.full_like(batch.labels, -100)
         labels[:, 1:] = batch.labels[:, :-1]  # transformers shifts them itself
-        loss = computing(input_ids=batch.input_ids, labels=labels, num_items_in_batch=batch.num_targets).loss
+        ids, labels = batch.input_ids.to(device), labels.to(device)
+        loss = computing(input_ids=ids, labels=labels, num_items_in_batch=batch.num_targets).loss
         loss.backward()
         for name, parameter in computing.named_parameters():
             assert parameter.grad is not None, name
@@ -105,13 +108,13 @@ def train_alone(folder: Path, dtype: torch.dtype) -> Results:
         norm = torch.nn.utils.clip_grad_norm_(masters.values(), MAX_GRAD_NORM)
         found["losses"].append(loss.item())
         found["norms"].append(norm.item())
-        gradients = {name: parameter.grad.numpy().copy() for name, parameter in masters.items()}
+        gradients = {name: parameter.grad.to("cpu", copy=True).numpy() for name, parameter in masters.items()}
         found.setdefault("gradients", gradients)
         optimizer.step()
         with torch.no_grad():
             for name, parameter in computing.named_parameters():
                 parameter.copy_(masters[name])
-    found["after"] = {name: parameter.detach().numpy() for name, parameter in masters.items()}
+    found["after"] = {name: parameter.detach().cpu().numpy() for name, parameter in masters.items()}
     return found
 
 
@@ -132,14 +135,21 @@ def test_steps_are_those_of_transformers(tmp_path: Path, family: str) -> None:
             assert total < 5e-6, f"parameters with {world_size} ranks and {split} differ by {total:.1e}"
 
 
-def test_bf16_is_that_of_transformers(tmp_path: Path) -> None:
+def test_bf16_is_as_near_to_float32_as_transformers(tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path, num_hidden_layers=2, vocab_size=VOCABULARY)
-    expected = train_alone(folder, torch.bfloat16)
+    exact, theirs = train_alone(folder, torch.float32), train_alone(folder, torch.bfloat16)
     for world_size in (1, 2):
         (found,) = run_ranks(train_on_rank, world_size, folder, SPLITS[world_size][:1], torch.bfloat16)[0]
-        assert found["losses"] == pytest.approx(expected["losses"], rel=1e-3)
-        total, _ = differences(found["gradients"], expected["gradients"])
-        assert total < 0.02
+        assert_as_near(found, theirs, exact)
+
+
+def assert_as_near(found: Results, theirs: Results, exact: Results) -> None:
+    """Assert that rounding to bf16 changes as much as it does in transformers' model."""
+    assert found["losses"] == pytest.approx(exact["losses"], rel=5e-3)
+    for part in ("gradients", "after"):
+        own, others = (differences(result[part], exact[part])[0] for result in (found, theirs))
+        print(f"{part}: {own:.1e} from float32, transformers' model {others:.1e}")
+        assert own < 1.2 * others, part
 
 
 def load_on_rank(folder: Path, sharding: str) -> tuple[int, int]:
