@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import datetime
 import os
+import platform
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import TypeVar
 
 import torch
@@ -122,6 +125,18 @@ def count_ranks_by_gpu(device: torch.device, store: Store, rank: int, world_size
     return [everyones.count(gpu) for gpu in everyones]
 
 
+def count_cores(store: Store, rank: int, world_size: int) -> int:
+    """Return this rank's share of the CPU cores on which it may run, at least 1. For all ranks to call.
+
+    torchrun's ranks may all run on the same cores, those of the node or of a SLURM task; srun may bind each to its own.
+    """
+    own = [f"{platform.node()}:{core}" for core in sorted(os.sched_getaffinity(0))]
+    store.set(f"cores-of-rank/{rank}", " ".join(own))
+    everyones = store.multi_get([f"cores-of-rank/{other}" for other in range(world_size)])  # waits until all are there
+    num_users = Counter(core for cores in everyones for core in cores.decode().split())
+    return max(1, int(sum(Fraction(1, num_users[core]) for core in own)))
+
+
 def pick_backend(device: torch.device, ranks_on_gpu: list[int]) -> str:
     """Return torch's name of what carries the ranks' exchanges: NCCL where each has a GPU of its own.
 
@@ -153,11 +168,12 @@ def process_group(sharding: str, timeout_s: int, device: str = "auto") -> Iterat
     chosen = choose_device(device, local_rank)
     if chosen.type == "cuda":
         torch.cuda.set_device(chosen)
-        # torchrun gives every rank one CPU thread, too few for the optimizer of what rests in CPU memory
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // local_world_size))
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
         store = _store(rank, world_size, timeout)
+        if chosen.type == "cuda":
+            # torchrun gives every rank one CPU thread, too few for the optimizer of what rests in CPU memory
+            torch.set_num_threads(count_cores(store, rank, world_size))
         ranks_on_gpu = count_ranks_by_gpu(chosen, store, rank, world_size)
         backend = pick_backend(chosen, ranks_on_gpu)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)

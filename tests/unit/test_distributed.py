@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import time
 from dataclasses import replace
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from fsdp_qlora.distributed import (
     agree_on_errors,
     choose_device,
     compute_dtype,
+    count_cores,
     count_ranks_by_gpu,
     make_mesh,
     pick_backend,
@@ -190,6 +192,30 @@ def gpus_on_rank(gpus: list[str]) -> tuple[list[int], str]:
         counts = count_ranks_by_gpu(cuda, store, rank, len(gpus))
         sum_over_ranks(1)  # rank 0 holds the store, and must not leave before the others have read
     return counts, pick_backend(cuda, counts)
+
+
+def cores_on_rank(masks: list[set[int]], nodes: str) -> int:
+    """Share out the cores with ranks that may run on those given, of a node named by a letter."""
+    rank = int(os.environ["RANK"])
+    platform.node = lambda: nodes[rank]
+    with process_group("full", timeout_s=30, device="cpu"):
+        os.sched_getaffinity = lambda _: masks[rank]
+        count = count_cores(torch.distributed.distributed_c10d._get_default_store(), rank, len(masks))
+        sum_over_ranks(1)  # rank 0 holds the store
+    return count
+
+
+@pytest.mark.parametrize(
+    ("masks", "nodes", "expected"),
+    [
+        ([{0, 1, 2, 3, 4, 5}] * 3, "aaa", [2, 2, 2]),  # torchrun: all share all
+        ([{0, 1, 2, 3, 4, 5}] * 3, "aab", [3, 3, 6]),  # on two nodes
+        ([{0, 1, 2}, {3, 4, 5}], "aa", [3, 3]),  # srun with a task for each rank: already shared out
+        ([{0}] * 3, "aaa", [1, 1, 1]),
+    ],
+)
+def test_cores_are_shared_out_once(masks: list[set[int]], nodes: str, expected: list[int]) -> None:
+    assert run_ranks(cores_on_rank, len(masks), masks, nodes) == expected
 
 
 def test_nccl_where_every_rank_has_a_gpu_of_its_own() -> None:
