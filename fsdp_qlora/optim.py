@@ -24,7 +24,7 @@ def local(value: Tensor) -> Tensor:
 class ShardedAdamW(torch.optim.AdamW):
     """AdamW on this rank's rows of the parameters as plain tensors.
 
-    Given DTensors, AdamW would have the GPU wait for 20 ms a step while the CPU unwraps those of several hundred matrices.
+    Given DTensors, AdamW has the GPU wait while the CPU unwraps those of several hundred matrices (docs/cuda.md).
 
     Attributes:
         shards: by parameter, what AdamW knows in its place: this rank's rows, or itself if it is not sharded.
