@@ -26,7 +26,7 @@ def _fp8() -> None:
 @pytest.mark.parametrize("double_quant", [True, False])
 @pytest.mark.parametrize("quant_type", ["nf4", "fp4"])
 def test_kernel_equals_reference(quant_type: str, double_quant: bool) -> None:
-    """In every value; fp4 has two codes for zero, of which bitsandbytes' kernel makes one, and ours a negative zero."""
+    """In every value; fp4 has a second code for zero, to which bitsandbytes gives another sign on GPUs."""
     for shape in SHAPES:
         layout = Layout(*shape, quant_type, double_quant)
         packed = quantize_matrix(torch.randn(shape, device="cuda") * 0.02, layout).view(torch.float32)
