@@ -20,6 +20,7 @@ from peft import PeftModel
 
 from fsdp_qlora.adapters import save_adapter
 from fsdp_qlora.distributed import Ranks, process_group
+from tests.batches import random_examples, random_ids, unpacked_loader, whole_rows
 from tests.parity import reference
 from tests.tiny import COMMON, FAMILIES, save_tiny
 
@@ -49,8 +50,8 @@ def family_row(family: str, ranks: Ranks) -> str:
     """Return the table's line of one family."""
     with tempfile.TemporaryDirectory() as folder:
         pair = reference.load_pair(save_tiny(family, Path(folder) / "base"), ranks)
-        ids = reference.random_ids(2, TOKENS, COMMON["vocab_size"])
-        batch = reference.whole_rows(ids)
+        ids = random_ids(2, TOKENS, COMMON["vocab_size"])
+        batch = whole_rows(ids)
         found, expected = (
             reference.our_gradients(pair.ours, ranks, batch),
             reference.reference_gradients(pair.peft, ids),
@@ -74,8 +75,8 @@ def tiny_curve(ranks: Ranks) -> reference.Curves:
     """Train the tiny llama both ways on random tokens."""
     with tempfile.TemporaryDirectory() as folder:
         pair = reference.load_pair(save_tiny("llama", Path(folder)), ranks, zero_lora_B=True)
-        examples = reference.random_examples(16, TOKENS, COMMON["vocab_size"])
-        loader = reference.unpacked_loader(examples, TOKENS, accumulation=2)
+        examples = random_examples(16, TOKENS, COMMON["vocab_size"])
+        loader = unpacked_loader(examples, TOKENS, accumulation=2)
         return reference.train_both(pair, ranks, loader, CURVE_STEPS, lr=1e-2)
 
 

@@ -10,7 +10,7 @@ import torch
 from fsdp_qlora.build import build_model
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
-from tests.parity.reference import make_trainer, random_ids, whole_rows
+from tests.batches import make_trainer, random_ids, whole_rows
 from tests.ranks import run_ranks
 from tests.tiny import COMMON, memory, save_tiny
 

@@ -13,6 +13,7 @@ from fsdp_qlora.build import build_model
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.parallel import MemorySettings
 from scripts import random_checkpoint
+from tests.batches import make_trainer, random_ids, whole_rows
 from tests.parity import reference
 from tests.ranks import run_ranks
 
@@ -24,7 +25,7 @@ LORA = reference.LoraSettings(rank=16, alpha=16.0)
 
 def rows(step: int) -> torch.Tensor:
     """Return the token ids [rows, tokens] of a step; two batches take turns, so that it can learn."""
-    return reference.random_ids(ROWS, TOKENS, 128256, seed=step % 2)
+    return random_ids(ROWS, TOKENS, 128256, seed=step % 2)
 
 
 @pytest.fixture(scope="module")
@@ -73,9 +74,9 @@ def train(folder: Path, memory: MemorySettings, sharding: str) -> list[float]:
             memory=memory,
             adapter=read_adapter(folder / "adapter")[1],
         )
-        trainer = reference.make_trainer(built, ranks, max_steps=NUM_STEPS, lr=LR)
+        trainer = make_trainer(built, ranks, max_steps=NUM_STEPS, lr=LR)
         share = slice(ranks.rank * ROWS // ranks.world_size, (ranks.rank + 1) * ROWS // ranks.world_size)
-        return [trainer.train_step([reference.whole_rows(rows(s)[share])], s).loss for s in range(NUM_STEPS)]
+        return [trainer.train_step([whole_rows(rows(s)[share])], s).loss for s in range(NUM_STEPS)]
 
 
 @pytest.mark.parametrize("offload", [False, True], ids=["resident", "offloaded"])

@@ -12,6 +12,7 @@ from fsdp_qlora.adapters import open_adapter, save_adapter
 from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.quant.adapt import LoraSettings
+from tests.batches import random_ids, whole_rows
 from tests.parity import reference
 from tests.parity.reference import NF4, Pair
 from tests.tiny import COMMON
@@ -66,8 +67,8 @@ class Differences:
 def measure(folder: Path, lora: LoraSettings, ranks: Ranks, work: Path) -> Differences:
     """Compare one kind of LoRA on the checkpoint of a folder; `work` receives adapters."""
     pair = reference.load_pair(folder, ranks, lora=lora)
-    ids = reference.random_ids(2, TOKENS, COMMON["vocab_size"])
-    batch = reference.whole_rows(ids)
+    ids = random_ids(2, TOKENS, COMMON["vocab_size"])
+    batch = whole_rows(ids)
     found, expected = reference.our_gradients(pair.ours, ranks, batch), reference.reference_gradients(pair.peft, ids)
     logits = reference.logits(pair.ours, ranks, batch)
     exported = _export(pair, lora, ranks, work / "ours")

@@ -14,6 +14,7 @@ from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from tests.batches import random_examples, random_ids, unpacked_loader, whole_rows
 from tests.parity import reference
 from tests.parity.methods import FAMILIES, METHODS, TOKENS, measure
 from tests.parity.reference import NF4
@@ -55,9 +56,9 @@ def test_dora_begins_with_pefts_magnitudes(base: Path, ranks: Ranks) -> None:
 def test_dropout_is_pefts(base: Path, ranks: Ranks, use_dora: bool) -> None:
     lora = LoraSettings(8, 16.0, dropout=0.3, use_dora=use_dora)
     pair = reference.load_pair(base, ranks, lora=lora)
-    ids = reference.random_ids(1, TOKENS, COMMON["vocab_size"])
+    ids = random_ids(1, TOKENS, COMMON["vocab_size"])
     torch.manual_seed(0)
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     torch.manual_seed(0)
     expected = reference.reference_gradients(pair.peft, ids)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
@@ -80,8 +81,8 @@ def test_a_base_that_is_not_quantised(
     folder = save_tiny(family, tmp_path, dtype=dtype)
     pair = reference.load_pair(folder, ranks, QuantSettings("none"), LoraSettings(8, 16.0, use_dora=use_dora), dtype)
     assert pair.ours.quant.quant_type == str(dtype).removeprefix("torch.")
-    ids = reference.random_ids(2, TOKENS, COMMON["vocab_size"])
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    ids = random_ids(2, TOKENS, COMMON["vocab_size"])
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     expected = reference.reference_gradients(pair.peft, ids)
     exact = dtype == torch.float32
     assert found.loss == pytest.approx(expected.loss, rel=1e-6 if exact else 1e-2)
@@ -92,7 +93,7 @@ def test_a_base_that_is_not_quantised(
 
 
 def test_loraplus_steps_follow_peft(base: Path, ranks: Ranks) -> None:
-    loader = reference.unpacked_loader(reference.random_examples(8, TOKENS, COMMON["vocab_size"]), TOKENS)
+    loader = unpacked_loader(random_examples(8, TOKENS, COMMON["vocab_size"]), TOKENS)
     curves = []
     for ratio in (1.0, 8.0):
         pair = reference.load_pair(base, ranks, zero_lora_B=True)
@@ -108,7 +109,7 @@ BOTH = LoraSettings(8, 16.0, modules_to_save=("embed_tokens", "lm_head"))
 @pytest.mark.parametrize("family", ["llama", "llama3"])
 def test_steps_with_whole_modules_follow_peft(bases: dict[str, Path], ranks: Ranks, family: str) -> None:
     """AdamW and the clipping of one norm over everything, with embedding and head apart or tied."""
-    loader = reference.unpacked_loader(reference.random_examples(8, TOKENS, COMMON["vocab_size"]), TOKENS)
+    loader = unpacked_loader(random_examples(8, TOKENS, COMMON["vocab_size"]), TOKENS)
     pair = reference.load_pair(bases[family], ranks, lora=BOTH)
     modules = [module.weight for _, module in trained_vocabularies(pair.ours.root.model)]
     before = [reference.local(weight).clone() for weight in modules]
@@ -123,9 +124,9 @@ def test_steps_with_whole_modules_follow_peft(bases: dict[str, Path], ranks: Ran
 def test_padding_rows_learn_what_they_do_in_transformers(bases: dict[str, Path], ranks: Ranks) -> None:
     """nn.Embedding gives the padding token's row no gradient, also where the token is a real one (SmolLM2's end)."""
     pair = reference.load_pair(bases["llama"], ranks, lora=BOTH)
-    ids = reference.random_ids(2, TOKENS, COMMON["vocab_size"])
+    ids = random_ids(2, TOKENS, COMMON["vocab_size"])
     ids[:, 5] = COMMON["pad_token_id"]
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     expected = reference.reference_gradients(pair.peft, ids)
     assert reference.max_gradient_difference(found, expected) < 1e-4
     rows = found.grads[reference.peft_name("model.embed_tokens", "modules_to_save")]
@@ -138,8 +139,8 @@ def test_whole_modules_are_float32_where_the_model_is_not(ranks: Ranks, tmp_path
     pair = reference.load_pair(folder, ranks, lora=BOTH, dtype=torch.bfloat16)
     modules = {module.weight.dtype for _, module in trained_vocabularies(pair.ours.root.model)}
     assert modules == {torch.float32}
-    ids = reference.random_ids(2, TOKENS, COMMON["vocab_size"])
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    ids = random_ids(2, TOKENS, COMMON["vocab_size"])
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     expected = reference.reference_gradients(pair.peft, ids)
     assert found.loss == pytest.approx(expected.loss, rel=1e-2)
     assert reference.gradient_distance(found, expected) < 5e-2
@@ -164,6 +165,6 @@ def test_unsharded_model_computes_with_its_own_modules(bases: dict[str, Path], r
         adapter = open_adapter(tmp_path / family, None)
         own = {"adapter": adapter.matrices, "shard": False}
         plain = build_model(bases[family], ranks, NF4, adapter.lora, torch.float32, **own)
-        batch = reference.whole_rows(reference.random_ids(2, TOKENS, COMMON["vocab_size"]))
+        batch = whole_rows(random_ids(2, TOKENS, COMMON["vocab_size"]))
         expected = reference.logits(pair.ours, ranks, batch)
         assert reference.relative_difference(reference.logits(plain, ranks, batch), expected) < 1e-6

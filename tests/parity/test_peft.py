@@ -25,6 +25,7 @@ from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.commands.generate import generation_attention
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from tests.batches import make_trainer, packed_batch, random_examples, random_ids, unpacked_loader, whole_rows
 from tests.parity import reference
 from tests.parity.reference import LORA, NF4, Pair
 from tests.tiny import COMMON, FAMILIES, save_tiny
@@ -49,8 +50,8 @@ def test_base_is_bitwise_equal(pair: Pair) -> None:
 
 
 def test_first_loss_and_gradients(pair: Pair, ranks: Ranks) -> None:
-    ids = reference.random_ids(2, TOKENS, VOCABULARY)
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    ids = random_ids(2, TOKENS, VOCABULARY)
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     expected = reference.reference_gradients(pair.peft, ids)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert reference.max_gradient_difference(found, expected) < 1e-4
@@ -60,10 +61,10 @@ def test_exported_adapter_gives_peft_the_same_logits(pair: Pair, ranks: Ranks, t
     save_adapter(pair.ours.root, LORA, str(pair.folder), tmp_path, ranks)
     # train mode: see reference.load_pair
     peft = PeftModel.from_pretrained(reference.load_base(pair.folder, NF4, torch.float32), tmp_path).train()
-    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    ids = random_ids(2, TOKENS, VOCABULARY)
     with torch.no_grad():
         expected = peft(input_ids=ids).logits
-    found = reference.logits(pair.ours, ranks, reference.whole_rows(ids))
+    found = reference.logits(pair.ours, ranks, whole_rows(ids))
     assert reference.relative_difference(found, expected) < 1e-5
     with torch.no_grad(), peft.disable_adapter():  # the comparison says nothing unless the adapter matters
         assert reference.relative_difference(peft(input_ids=ids).logits, expected) > 1e-2
@@ -82,7 +83,7 @@ def test_generation_model_gives_the_same_logits(pair: Pair, ranks: Ranks, tmp_pa
         shard=False,
         attention=generation_attention(pair.folder),
     )
-    ids = reference.random_ids(1, TOKENS, VOCABULARY)
+    ids = random_ids(1, TOKENS, VOCABULARY)
     expected = pair.peft(input_ids=ids).logits
     model = built.skeleton.model.eval()
     assert reference.relative_difference(model(input_ids=ids).logits, expected) < 1e-5
@@ -93,16 +94,16 @@ def test_generation_model_gives_the_same_logits(pair: Pair, ranks: Ranks, tmp_pa
 @torch.no_grad()
 def test_packed_documents_lose_what_they_lose_alone(pair: Pair, ranks: Ranks) -> None:
     lengths = [[40, 7, 17], [1, 30, 33]]
-    documents = [[reference.random_ids(1, n, VOCABULARY, seed=n)[0] for n in row] for row in lengths]
-    packed = reference.packed_batch(documents)
+    documents = [[random_ids(1, n, VOCABULARY, seed=n)[0] for n in row] for row in lengths]
+    packed = packed_batch(documents)
     found = reference.token_losses(pair.ours, ranks, packed).flatten().split([n for row in lengths for n in row])
     for document, losses in zip([d for row in documents for d in row], found, strict=True):
-        alone = reference.token_losses(pair.ours, ranks, reference.whole_rows(document[None]))[0]
+        alone = reference.token_losses(pair.ours, ranks, whole_rows(document[None]))[0]
         torch.testing.assert_close(losses, alone, rtol=1e-5, atol=1e-5)
         if len(document) > 1:
             expected = pair.peft(input_ids=document[None], labels=document[None]).loss
             assert losses.sum().item() / (len(document) - 1) == pytest.approx(expected.item(), rel=1e-5)
-    total = reference.make_trainer(pair.ours, ranks).loss(packed)
+    total = make_trainer(pair.ours, ranks).loss(packed)
     assert total.item() == pytest.approx(torch.cat(found).sum().item(), rel=1e-6)
 
 
@@ -119,8 +120,8 @@ def test_other_settings(variant: str, ranks: Ranks, tmp_path: Path) -> None:
     quant, lora = VARIANTS[variant]
     pair = reference.load_pair(save_tiny("llama", tmp_path), ranks, quant, lora)
     assert_base_equal(pair)
-    ids = reference.random_ids(2, TOKENS, VOCABULARY)
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    ids = random_ids(2, TOKENS, VOCABULARY)
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     expected = reference.reference_gradients(pair.peft, ids)
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert reference.max_gradient_difference(found, expected) < 1e-4
@@ -130,8 +131,8 @@ def test_bf16(ranks: Ranks, tmp_path: Path) -> None:
     folder = save_tiny("llama", tmp_path, dtype=torch.bfloat16)
     pair = reference.load_pair(folder, ranks, dtype=torch.bfloat16)
     assert_base_equal(pair)
-    ids = reference.random_ids(2, TOKENS, VOCABULARY)
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    ids = random_ids(2, TOKENS, VOCABULARY)
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     expected = reference.reference_gradients(pair.peft, ids)
     assert found.loss == pytest.approx(expected.loss, rel=1e-2)
     assert reference.gradient_distance(found, expected) < 5e-2
@@ -170,7 +171,7 @@ def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path, family
     """With dropout the recomputed block must draw the same masks."""
     folder = save_tiny(family, tmp_path)
     lora = LoraSettings(rank=8, alpha=16.0, dropout=dropout)
-    batch = reference.whole_rows(reference.random_ids(2, TOKENS, VOCABULARY))
+    batch = whole_rows(random_ids(2, TOKENS, VOCABULARY))
     results = []
     for recompute in (False, True):
         built = reference.load_ours(folder, ranks, NF4, lora, recompute=recompute)
@@ -185,9 +186,9 @@ def test_recomputing_blocks_changes_nothing(ranks: Ranks, tmp_path: Path, family
 def test_experts_in_16_or_32_bits(ranks: Ranks, tmp_path: Path) -> None:
     folder = save_tiny("mixtral", tmp_path)
     built = build_model(folder, ranks, QuantSettings("none"), LORA, torch.float32)  # lora_B is zero: the base alone
-    ids = reference.random_ids(2, TOKENS, VOCABULARY)
+    ids = random_ids(2, TOKENS, VOCABULARY)
     expected = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)(input_ids=ids).logits
-    found = reference.logits(built, ranks, reference.whole_rows(ids))
+    found = reference.logits(built, ranks, whole_rows(ids))
     assert reference.relative_difference(found, expected) < 1e-5
 
 
@@ -196,21 +197,21 @@ def test_balancing_loss_is_that_of_transformers(ranks: Ranks, tmp_path: Path, fa
     """Of one row, which transformers takes together too; with blocks that run again, and must not count twice."""
     folder = save_tiny(family, tmp_path, output_router_logits=True, router_aux_loss_coef=0.5)
     pair = reference.load_pair(folder, ranks)
-    ids = reference.random_ids(1, TOKENS, VOCABULARY)
+    ids = random_ids(1, TOKENS, VOCABULARY)
     expected = reference.reference_gradients(pair.peft, ids)
-    without = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    without = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     assert expected.loss > without.loss + 0.5
     assert reference.max_gradient_difference(without, expected) > 0.1
     pair.ours.root.balance = balance_routers(pair.ours.skeleton.model, pair.ours.skeleton.config, None)
-    found = reference.our_gradients(pair.ours, ranks, reference.whole_rows(ids))
+    found = reference.our_gradients(pair.ours, ranks, whole_rows(ids))
     assert found.loss == pytest.approx(expected.loss, rel=1e-6)
     assert reference.max_gradient_difference(found, expected) < 1e-4
 
 
 def test_50_steps_follow_peft(ranks: Ranks, tmp_path: Path) -> None:
     pair = reference.load_pair(save_tiny("llama", tmp_path), ranks, zero_lora_B=True)
-    examples = reference.random_examples(16, TOKENS, VOCABULARY)
-    loader = reference.unpacked_loader(examples, TOKENS, accumulation=2)
+    examples = random_examples(16, TOKENS, VOCABULARY)
+    loader = unpacked_loader(examples, TOKENS, accumulation=2)
     curves = reference.train_both(pair, ranks, loader, num_steps=50, lr=1e-2)
     assert curves.max_deviation < 1e-2
     assert curves.peft[-1] < 0.5 * curves.peft[0], "the curve is flat, so following it says nothing"
@@ -268,9 +269,9 @@ def test_text_part_of_an_image_model(ranks: Ranks, tmp_path: Path, family: str, 
     tensors = load_file(folder / "model.safetensors")  # older and newer checkpoints name their tensors differently
     save_file({n.replace("language_model.model.", prefix): t for n, t in tensors.items()}, folder / "model.safetensors")
     built = build_model(folder, ranks, NF4, LORA, torch.float32)  # lora_B is zero: the base alone
-    ids = reference.random_ids(2, TOKENS, 300)
+    ids = random_ids(2, TOKENS, 300)
     expected = image_model_logits(load_image_model(folder), ids)
-    found = reference.logits(built, ranks, reference.whole_rows(ids))
+    found = reference.logits(built, ranks, whole_rows(ids))
     assert reference.relative_difference(found, expected) < 1e-5
 
 
@@ -282,7 +283,7 @@ def test_exported_adapter_of_an_image_model(ranks: Ranks, tmp_path: Path, family
     folder = save_image_model(family, tmp_path / "base")
     built = reference.load_ours(folder, ranks, lora=lora)
     save_adapter(built.root, lora, str(folder), tmp_path / "adapter", ranks)
-    ids = reference.random_ids(2, TOKENS, 300)
+    ids = random_ids(2, TOKENS, 300)
     expected = image_model_logits(PeftModel.from_pretrained(load_image_model(folder), tmp_path / "adapter"), ids)
-    found = reference.logits(built, ranks, reference.whole_rows(ids))
+    found = reference.logits(built, ranks, whole_rows(ids))
     assert reference.relative_difference(found, expected) < 1e-5

@@ -14,7 +14,7 @@ from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.models import attention
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
-from tests.parity.reference import make_trainer, random_ids, whole_rows
+from tests.batches import make_trainer, random_ids, whole_rows
 from tests.tiny import COMMON, save_tiny
 
 

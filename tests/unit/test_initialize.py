@@ -21,6 +21,7 @@ from fsdp_qlora.config import InitializeConfig
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError, FsdpQloraError, WeightsError
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE
+from tests.batches import random_ids, whole_rows
 from tests.faults.jobs import SETTINGS, losses, make_inputs, train
 from tests.parity import reference
 from tests.parity.reference import NF4
@@ -45,9 +46,9 @@ def logits_of_both(base: Path, adapter: Path, ranks: Ranks) -> tuple[torch.Tenso
     opened = open_adapter(adapter, str(base))
     ours = build_model(base, ranks, NF4, opened.lora, torch.float32, adapter=opened.matrices)
     peft = PeftModel.from_pretrained(reference.load_base(base, NF4, torch.float32), adapter / "adapter").train()
-    ids = reference.random_ids(2, 32, 320)
+    ids = random_ids(2, 32, 320)
     with torch.no_grad():
-        return reference.logits(ours, ranks, reference.whole_rows(ids)), peft(input_ids=ids).logits
+        return reference.logits(ours, ranks, whole_rows(ids)), peft(input_ids=ids).logits
 
 
 def test_pissa_is_pefts(base: Path, ranks: Ranks, tmp_path: Path) -> None:

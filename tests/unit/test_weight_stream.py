@@ -13,7 +13,7 @@ from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
 from fsdp_qlora.weight_stream import WeightStream
-from tests.parity.reference import make_trainer, random_ids, whole_rows
+from tests.batches import make_trainer, random_ids, whole_rows
 from tests.tiny import COMMON, save_tiny
 
 SIZES = {1: (3, 200), 4: (700, 1), 5: (8, 8), 7: (100, 30)}

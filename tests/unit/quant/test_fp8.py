@@ -21,7 +21,7 @@ from fsdp_qlora.quant.fp8 import check_device, gain_of, quantize_rows, suits_fp8
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
-from tests.parity.reference import make_trainer, random_ids, whole_rows
+from tests.batches import make_trainer, random_ids, whole_rows
 from tests.tiny import COMMON, save_tiny
 from tests.unit.quant.test_linear import SCALING, make_layer, random_input, run, saved_tensors
 
