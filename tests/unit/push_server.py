@@ -7,13 +7,11 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
 from typing import Any
-from urllib.parse import urlsplit
 
 import yaml
 
-from tests.http_server import serve_http
+from tests.http_server import Handler, serve_http
 
 COMMIT = "c0ffee" * 6 + "abcd"
 
@@ -32,31 +30,26 @@ class Hub:
     url: str = ""
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
+def _handler(hub: Hub) -> type[Handler]:
+    class HubHandler(Handler):
         def do_GET(self) -> None:
-            repo = self._path().removeprefix("/api/models/")
+            repo = self.url_path().removeprefix("/api/models/")
             if repo not in hub.repos:
                 return self._send(404, {}, "RepoNotFound")
             self._send(200, {"id": repo, "sha": COMMIT, "private": hub.private[repo], "siblings": []})
 
         def do_PUT(self) -> None:  # addresses of large files carry their own permission
-            hub.large[self._path().removeprefix("/upload/")] = self._body()
+            hub.large[self.url_path().removeprefix("/upload/")] = self.body()
             self._send(200, {})
 
         def do_POST(self) -> None:
-            body = self._body()
+            body = self.body()
             hub.sent.append(body)
             if hub.status is not None:
                 return self._send(hub.status, {})
             if self.headers.get("Authorization") != f"Bearer {hub.token}":
                 return self._send(401, {})
-            path = self._path()
+            path = self.url_path()
             if path == "/api/validate-yaml":
                 header = json.loads(body)["content"].split("---\n")[1]
                 assert isinstance(yaml.safe_load(header), dict)
@@ -105,30 +98,11 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             url = f"{hub.url}/{repo}/commit/{COMMIT}"
             self._send(200, {"commitUrl": url, "commitOid": COMMIT})
 
-        def _path(self) -> str:
-            return urlsplit(self.path).path
-
-        def _body(self) -> bytes:
-            if self.headers.get("Transfer-Encoding") != "chunked":
-                return self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            body = b""
-            while size := int(self.rfile.readline(), 16):
-                body += self.rfile.read(size)
-                self.rfile.readline()
-            self.rfile.readline()
-            return body
-
         def _send(self, status: int, content: dict[str, Any], code: str | None = None) -> None:
-            body = json.dumps(content).encode()
-            self.send_response(status)
-            if code is not None:
-                self.send_header("X-Error-Code", code)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            self.wfile.write(body)
+            headers = {"Content-Type": "application/json", **({"X-Error-Code": code} if code is not None else {})}
+            self.send(status, json.dumps(content).encode(), headers)
 
-    return Handler
+    return HubHandler
 
 
 @contextmanager

@@ -7,10 +7,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
-from urllib.parse import unquote, urlsplit
 
-from tests.http_server import serve_http
+from tests.http_server import Handler, serve_http
 
 COMMIT = "da7a" * 10
 
@@ -27,13 +25,8 @@ class DatasetHub:
     sent_bytes: int = 0
 
 
-def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
+def _handler(hub: DatasetHub) -> type[Handler]:
+    class HubHandler(Handler):
         def do_HEAD(self) -> None:
             self._answer()
 
@@ -44,26 +37,26 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
             self._answer()
 
         def _answer(self) -> None:
-            path = unquote(urlsplit(self.path).path)
-            body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
+            path = self.url_path()
+            body = self.body()
             hub.requests.append((self.command, path))
             if path.startswith(f"/api/datasets/{hub.repo}"):
                 return self._api(path.removeprefix(f"/api/datasets/{hub.repo}").strip("/"), body.decode())
             prefix = f"/datasets/{hub.repo}/resolve/"
             if not path.startswith(prefix):
-                return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+                return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             name = path.removeprefix(prefix).partition("/")[2]
             if name not in hub.files:
-                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             self._file(hub.files[name])
 
         def _api(self, rest: str, body: str) -> None:
             if rest == "auth-check":
                 error = {"X-Error-Code": "GatedRepo"} if hub.is_gated else None
-                return self._send(401 if hub.is_gated else 200, b"{}", error)
+                return self.send(401 if hub.is_gated else 200, b"{}", error)
             kind, revision, folder = [*rest.split("/", 2), "", "", ""][:3] if rest else ("revision", "main", "")
             if revision not in ("main", COMMIT):
-                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             names = [{"rfilename": name} for name in hub.files]
             content: object = {"id": hub.repo, "sha": COMMIT, "siblings": names, "private": False}
             entries = [
@@ -76,9 +69,9 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
             if kind == "tree":
                 inside = [entry for entry in entries if str(entry["path"]).startswith(f"{folder}/" if folder else "")]
                 if not inside:
-                    return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                    return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
                 content = inside
-            self._send(200, json.dumps(content).encode())
+            self.send(200, json.dumps(content).encode())
 
         def _file(self, data: bytes) -> None:
             headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
@@ -89,18 +82,9 @@ def _handler(hub: DatasetHub) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{end - 1}/{len(data)}"
             if self.command == "GET":
                 hub.sent_bytes += end - start
-            self._send(status, data[start:end], headers)
+            self.send(status, data[start:end], headers)
 
-        def _send(self, status: int, body: bytes, headers: dict[str, str] | None = None) -> None:
-            self.send_response(status)
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command != "HEAD":
-                self.wfile.write(body)
-
-    return Handler
+    return HubHandler
 
 
 @contextmanager

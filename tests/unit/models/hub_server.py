@@ -7,10 +7,8 @@ import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import BaseHTTPRequestHandler
-from urllib.parse import unquote, urlsplit
 
-from tests.http_server import serve_http
+from tests.http_server import Handler, serve_http
 
 COMMIT = "c0ffee" * 6 + "abcd"
 
@@ -39,13 +37,8 @@ class Hub:
         }
 
 
-def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, format: str, *args: object) -> None:
-            pass
-
+def _handler(hub: Hub) -> type[Handler]:
+    class HubHandler(Handler):
         def do_HEAD(self) -> None:
             self._answer()
 
@@ -53,27 +46,27 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
             self._answer()
 
         def _answer(self) -> None:
-            path = unquote(urlsplit(self.path).path)
+            path = self.url_path()
             hub.requests.append((self.command, path, self.headers.get("Range")))
             if hub.status is not None:
-                return self._send(hub.status, b"{}")
+                return self.send(hub.status, b"{}")
             if path.startswith(f"/api/models/{hub.repo}"):
                 return self._api(path.removeprefix(f"/api/models/{hub.repo}"))
             prefix = f"/{hub.repo}/resolve/"
             name = path.removeprefix(prefix).partition("/")[2]
             if not path.startswith(prefix):
-                return self._send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+                return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
             if name not in hub.files:
-                return self._send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
             if hub.gated and (hub.token is None or self.headers.get("Authorization") != f"Bearer {hub.token}"):
                 code = 403 if self.headers.get("Authorization") else 401
-                return self._send(code, b"{}", {"X-Error-Code": "GatedRepo"})
+                return self.send(code, b"{}", {"X-Error-Code": "GatedRepo"})
             self._file(hub.files[name])
 
         def _api(self, rest: str) -> None:
             _, kind, revision = [*rest.split("/"), "", ""][:3] if rest else ("", "revision", "main")
             if revision not in ("main", COMMIT):
-                return self._send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
             names = [{"rfilename": name} for name in hub.files]
             content: object = {"id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "siblings": names}
             if kind == "tree":
@@ -81,7 +74,7 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                     {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
                     for name, data in hub.files.items()
                 ]
-            self._send(200, json.dumps(content).encode())
+            self.send(200, json.dumps(content).encode())
 
         def _file(self, data: bytes) -> None:
             headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
@@ -91,26 +84,15 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
             if self.command == "GET" and hub.cut_at is not None and len(data) > hub.cut_at:
                 if hub.dead_after_cut and hub.cuts:
-                    return self._send(500, b"{}")
+                    return self.send(500, b"{}")
                 hub.cuts += 1
                 if hub.cuts == 1:
-                    self._send(status, data[start:], headers, cut_at=hub.cut_at)
+                    self.send(status, data[start:], headers, cut_at=hub.cut_at)
                     self.close_connection = True
                     return None
-            self._send(status, data[start:], headers)
+            self.send(status, data[start:], headers)
 
-        def _send(
-            self, status: int, body: bytes, headers: dict[str, str] | None = None, cut_at: int | None = None
-        ) -> None:
-            self.send_response(status)
-            for key, value in (headers or {}).items():
-                self.send_header(key, value)
-            self.send_header("Content-Length", str(len(body)))
-            self.end_headers()
-            if self.command == "GET":
-                self.wfile.write(body[:cut_at])
-
-    return Handler
+    return HubHandler
 
 
 @contextmanager
