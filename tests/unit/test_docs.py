@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 from pathlib import Path
@@ -45,6 +46,32 @@ def test_good_pages_pass(tmp_path: Path) -> None:
         "[a](docs/a.md#one-two--three) `fsdp-qlora train --lr 1`\n```\n[x](no-link)\n```"
     )
     assert check_docs.main(tmp_path) == 0
+
+
+def program_texts() -> str:
+    """Return all string literals of the package, with {} for what is filled in."""
+    texts = []
+    for path in (check_docs.ROOT / "fsdp_qlora").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.JoinedStr):
+                texts.append("".join(part.value if isinstance(part, ast.Constant) else "{}" for part in node.values))
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts.append(node.value)
+    return "\n".join(texts)
+
+
+def test_messages_to_look_up_are_those_of_the_program() -> None:
+    """Four words in a row that the program writes, at least: the rest may be a user's names."""
+    page = (check_docs.ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
+    quoted = [*re.findall(r"`([^`]+)`", page), *re.findall(r"(?m)^    (?! )(.+)$", page)]
+    filled_in = re.compile(r"\.\.\.|\d[\d.,]*")
+    known, messages = (
+        program_texts(),
+        [words for text in quoted if len(words := filled_in.sub("{}", text).split()) >= 5],
+    )
+    runs = {" ".join(words): [" ".join(words[i : i + 4]) for i in range(len(words) - 3)] for words in messages}
+    assert len(runs) > 25
+    assert [message for message, parts in runs.items() if not any(part in known for part in parts)] == []
 
 
 def samples() -> list[str]:
