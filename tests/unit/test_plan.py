@@ -1,0 +1,176 @@
+"""The command `plan`: the time it expects, what it prints, and the settings it refuses."""
+
+from __future__ import annotations
+
+import builtins
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fsdp_qlora import cli, config
+from fsdp_qlora.commands.plan import Rates, step_seconds
+from fsdp_qlora.config import PlanConfig, TrainConfig
+from fsdp_qlora.errors import ConfigError, ModelError
+from fsdp_qlora.models import hub
+from fsdp_qlora.models.hub import resolve_config
+from fsdp_qlora.parallel import MemorySettings
+from fsdp_qlora.plan.planner import Run
+
+# --- time ---
+
+
+def test_time_scales_with_its_rates_and_says_what_limits(shape_of) -> None:
+    shape = shape_of("70b", 2)
+    run = Run(1, 2048, MemorySettings(offload_blocks=80, checkpoint_blocks=80))
+    usual = step_seconds(shape, run, Rates())
+    assert usual.limit == "computation"
+    assert usual.compute == pytest.approx(6 * 68.5e9 * 2048 / 100e12, rel=0.06)  # head, attention, LoRA: the rest
+    assert usual.host == pytest.approx(2 * 17.65e9 / 20e9, rel=0.01)
+    slow = step_seconds(shape, run, Rates(host_bandwidth=2))
+    assert slow.seconds == slow.host == pytest.approx(10 * usual.host)
+    assert slow.limit == "copies from the host"
+    kept = replace(run, memory=MemorySettings())
+    assert step_seconds(shape, kept, Rates()).compute < 0.72 * usual.compute
+    alone = step_seconds(shape_of("70b"), run, Rates())
+    assert alone.seconds == max(alone.compute, alone.host)
+    assert alone.links == 0
+    # FSDP brings a block whose activations are kept, in a world of one on the stream that computes
+    keeping = step_seconds(shape_of("70b"), replace(run, memory=replace(run.memory, checkpoint_blocks=79)), Rates())
+    assert keeping.seconds == keeping.compute + keeping.host
+
+
+def test_time_between_machines(shape_of) -> None:
+    run = Run(1, 2048, MemorySettings(checkpoint_blocks=80), local_ranks=2)
+    full, hybrid = (step_seconds(shape_of("70b", shards), run, Rates(), num_nodes=2) for shards in (4, 2))
+    lora = sum(block.lora for block in shape_of("70b", 2).blocks)
+    assert hybrid.nodes == pytest.approx(lora / 1e9), "half of the gradients twice, at 1 GB/s"
+    assert full.nodes > 20 * hybrid.nodes, "everything is gathered twice"
+    assert full.limit == "traffic between machines"
+    assert full.seconds == full.nodes
+    assert step_seconds(shape_of("70b", 4), run, Rates()).nodes == 0
+
+
+# --- the command ---
+
+
+def plan(*arguments: str) -> None:
+    cli.main(["plan", *arguments])
+
+
+def test_plan_prints_table_choice_limits_time_and_verdict(
+    llama_folders: dict[str, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "plan.png"
+    settings = ["--gpus=2", "--gpu_memory=48,24", "--cpu_memory=64", "--lora_rank=16", f"--plot={picture}"]
+    plan("--model", str(llama_folders["70b"]), *settings)
+    out = capsys.readouterr().out
+    for part in (
+        "LoRA rank 16",
+        "4-bit weights",
+        "available                         24.00             64.00",
+        "checkpointed: 80 of 80 blocks; offloaded: ",
+        "longest context that fits at batch size 1: ",
+        "largest batch that fits at 2048 tokens: ",
+        "time of one micro-batch: ",
+        "100 TFLOP/s",
+        "verdict: fits, with ",
+    ):
+        assert part in out
+    assert all(len(line) <= 120 for line in out.splitlines())
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_plan_knows_the_methods_of_training(llama_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    plan("--model", str(llama_folders["8b"]), "--gpu_memory=80", "--lora_rank=16", "--use_dora", "--quant_type=none")
+    out = capsys.readouterr().out
+    for part in ("DoRA rank 16", "16-bit weights                    13.00", "verdict: fits, with "):
+        assert part in out
+
+
+def test_plan_of_a_hopeless_run_ends_with_2_and_the_remedy(
+    llama_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        plan(
+            "--model",
+            str(llama_folders["8b"]),
+            "--gpu_memory=10",
+            "--cpu_offload=none",
+            "--activation_checkpointing=none",
+        )
+    assert caught.value.code == 2
+    out, err = capsys.readouterr()
+    assert "verdict: does not fit; short of " in out
+    assert "error: does not fit: 1 x 2048 tokens need at least " in err
+    assert "of 10.0 GiB on a GPU" in err
+
+
+def test_plan_says_where_a_copy_for_each_gpu_is_faster(
+    llama_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    plan("--model", str(llama_folders["8b"]), "--gpus=2", "--gpu_memory=80")
+    assert "faster: --sharding none" in capsys.readouterr().out
+
+
+def test_plot_without_matplotlib_names_the_remedy(
+    llama_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    real = builtins.__import__
+
+    def without(name: str, *args: Any, **kwargs: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ImportError(name)
+        return real(name, *args, **kwargs)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(SystemExit):
+        plan("--model", str(llama_folders["8b"]), "--plot=plan.png")
+    assert "pip install matplotlib" in capsys.readouterr().err
+
+
+def test_plan_needs_no_weights_but_a_config(llama_folders: dict[str, Path], tmp_path: Path) -> None:
+    assert resolve_config(str(llama_folders["8b"])) == llama_folders["8b"]
+    with pytest.raises(ModelError, match=r"has no config\.json"):
+        resolve_config(str(tmp_path))
+
+
+def test_of_a_hub_model_only_the_config_is_fetched(
+    llama_folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[tuple[object, ...]] = []
+
+    def download(*arguments: object) -> Path:
+        asked.append(arguments)
+        return llama_folders["70b"]
+
+    monkeypatch.setattr(hub, "_download", download)
+    assert resolve_config("llama-70b", "main") == llama_folders["70b"]
+    assert asked == [("meta-llama/Llama-3.3-70B-Instruct", "main", ("config.json",))]
+    with pytest.raises(ModelError, match="neither a local folder, an alias nor a hub id"):
+        resolve_config("llama-71b")
+
+
+@pytest.mark.parametrize(
+    ("cls", "overrides", "text"),
+    [
+        (PlanConfig, {"gpus": "3", "gpu_memory": "24,24"}, "2 sizes for --gpus=3"),
+        (PlanConfig, {"gpu_memory": "24,x"}, "a number of GiB above 0"),
+        (PlanConfig, {"gpu_memory": "0"}, "a number of GiB above 0"),
+        (TrainConfig, {"cpu_offload": "some"}, "must be auto, none, all or a number of blocks"),
+        (TrainConfig, {"activation_checkpointing": "-1"}, "must be auto, none, full or a number of blocks"),
+        (TrainConfig, {"activation_offload": "true", "activation_checkpointing": "none"}, "checkpointed blocks"),
+        (TrainConfig, {"cpu_memory": "0"}, "must be above 0"),
+        (TrainConfig, {"sharding": "none", "cpu_offload": "3"}, "use --sharding=full"),
+    ],
+)
+def test_settings_of_memory_are_checked(cls: type, overrides: dict[str, str], text: str) -> None:
+    required = {"model": "m"} if cls is PlanConfig else {}
+    with pytest.raises(ConfigError) as caught:
+        config.parse({**required, **overrides}, None, cls)
+    assert text in str(caught.value)
+    config.parse(
+        {**required, "cpu_offload": "12", "gpu_memory": "24, 11.5", "gpus": "2"} if required else {}, None, cls
+    )
