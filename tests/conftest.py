@@ -25,6 +25,7 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tests.bnb_cpu  # noqa: F401
 from fsdp_qlora.distributed import Ranks, process_group
 
 

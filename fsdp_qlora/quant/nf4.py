@@ -132,8 +132,8 @@ def dequantize_reference(packed: Tensor, layout: Layout, dtype: torch.dtype) -> 
         return dense_matrix(packed, layout).to(dtype)
     flat = packed.view(torch.uint8)
     codes = flat[: layout.codes.stop].view(-1, 1)
-    shape = (layout.out_features, layout.in_features)
-    weight: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
-        codes, scales(flat, layout), BLOCKSIZE, layout.quant_type, shape, dtype
+    # as one run: given the matrix's shape, their CPU kernel begins a block in every row, which is wrong unless 64 divides it
+    run: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        codes, scales(flat, layout), BLOCKSIZE, layout.quant_type, (layout.num_weights,), dtype
     )
-    return weight
+    return run.view(layout.out_features, layout.in_features)

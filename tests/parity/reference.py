@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 
+import tests.bnb_cpu  # noqa: F401
 from fsdp_qlora import data
 from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.config import TrainConfig

@@ -97,6 +97,19 @@ def test_values_are_bitsandbytes(
     assert_values_are_bitsandbytes(random_matrix(shape), Layout(*shape, quant_type, double_quant), dtype)
 
 
+@pytest.mark.parametrize("width", [64, 80, 81, 96, 104])
+def test_blocks_run_on_from_row_to_row(width: int) -> None:
+    """Decoded here weight by weight: bitsandbytes' CPU kernel begins a block in every row, see tests/bnb_cpu.py."""
+    matrix = random_matrix((48, width))
+    codes, state = bnb.quantize_4bit(matrix, blocksize=BLOCKSIZE, quant_type="nf4")
+    indices = torch.stack((codes >> 4, codes & 15), 1).flatten().long()[: matrix.numel()]
+    expected = state.code[indices] * state.absmax.repeat_interleave(BLOCKSIZE)[: matrix.numel()]
+    layout = Layout(48, width, double_quant=False)
+    padding = torch.zeros(layout.padded_bytes - layout.num_bytes, dtype=torch.uint8)
+    packed = torch.cat([quantize_matrix(matrix, layout), padding]).view(layout.storage_dtype)
+    assert dequantize_reference(packed, layout, torch.float32).equal(expected.view(48, width))
+
+
 @pytest.mark.parametrize("storage", ["uint8", "bfloat16", "float16"])
 def test_values_do_not_depend_on_storage_and_padding(storage: str) -> None:
     shape = SHAPES["many_scales"]
