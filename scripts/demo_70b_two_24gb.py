@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import fire
 import random_checkpoint
@@ -58,6 +59,24 @@ class HostMeter(threading.Thread):
             time.sleep(0.5)
 
 
+def figures(record: dict[str, Any], metrics: list[dict[str, Any]], host_bytes: list[int]) -> dict[str, object]:
+    """Return the columns of the table: of a run's record, its metrics and the RAM of its processes at their peak."""
+    by_rank = record["result"]["ranks"]
+    steps = [line for line in metrics if "loss" in line]
+    usual = steps[1:] or steps
+    sizes = sorted((f"{size / 2**30:.1f}" for size in host_bytes), key=float, reverse=True)
+    return {
+        "load s": max(round(rank["load_seconds"], 1) for rank in by_rank),
+        "GiB read per rank": max(round(rank["bytes_read"] / 2**30, 2) for rank in by_rank),
+        "GPU GiB reserved": max(rank["peak_gpu_gib"] for rank in by_rank),
+        "host GiB, all": f"{sum(host_bytes) / 2**30:.1f} (processes: {' '.join(sizes[:4])} ...)",
+        "first step s": steps[0]["step_seconds"],
+        "s per step": statistics.median(line["step_seconds"] for line in usual),
+        "tok/s": statistics.median(line["tokens_per_second"] for line in usual),
+        "losses": " ".join(f"{line['loss']:.4f}" for line in steps),
+    }
+
+
 def main(
     folder: str,
     shape: str = "llama-70b",
@@ -95,23 +114,8 @@ def main(
         sys.exit(f"train.py ended with {code} after {time.monotonic() - started:.0f} s")
     record = json.loads((Path(output_dir) / "run.json").read_text())
     metrics = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
-    by_rank = record["result"]["ranks"]
-    steps_taken = [line for line in metrics if "loss" in line]
-    seconds = statistics.median(line["step_seconds"] for line in steps_taken[1:] or steps_taken)
-    tokens = statistics.median(line["tokens_per_second"] for line in steps_taken[1:] or steps_taken)
-    sizes = sorted((f"{size / 2**30:.1f}" for size in meter.peak), key=float, reverse=True)
-    row = {
-        "run": f"{shape}, " + ", ".join(f"{name} {value}" for name, value in flags.items()),
-        "ranks": ranks,
-        "load s": max(round(rank["load_seconds"], 1) for rank in by_rank),
-        "GiB read per rank": max(round(rank["bytes_read"] / 2**30, 2) for rank in by_rank),
-        "GPU GiB reserved": max(rank["peak_gpu_gib"] for rank in by_rank),
-        "host GiB, all": f"{sum(meter.peak) / 2**30:.1f} (processes: {' '.join(sizes[:4])} ...)",
-        "first step s": steps_taken[0]["step_seconds"],
-        "s per step": seconds,
-        "tok/s": tokens,
-        "losses": " ".join(f"{line['loss']:.4f}" for line in steps_taken),
-    }
+    title = f"{shape}, " + ", ".join(f"{name} {value}" for name, value in flags.items())
+    row = {"run": title, "ranks": ranks, **figures(record, metrics, meter.peak)}
     verified = record["config"]["verify_weights"]
     print(
         f"\nwall {time.monotonic() - started:.0f} s, base {record['base']['fingerprint']}, bytes verified: {verified}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import unquote, urlsplit
@@ -44,7 +44,7 @@ class Handler(BaseHTTPRequestHandler):
 
 
 @contextmanager
-def serve_http(handler: type[BaseHTTPRequestHandler]) -> Iterator[str]:
+def serve_http(handler: Callable[..., BaseHTTPRequestHandler]) -> Iterator[str]:
     """Answer requests on a free local port by a handler; give the server's address."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)

@@ -19,7 +19,7 @@ from fsdp_qlora.adapters import PREFIX, layer_config, peft_layer, replace_adapte
 from fsdp_qlora.config import InitializeConfig
 from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.distributed import pick_device
-from fsdp_qlora.errors import ConfigError, WeightsError
+from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.export.merged_weights import Weights
 from fsdp_qlora.export.standalone import (
     Source,
@@ -27,7 +27,7 @@ from fsdp_qlora.export.standalone import (
     check_folders,
     copy,
     in_file_order,
-    open_source,
+    open_unquantized,
     side_files,
     write_checkpoint,
 )
@@ -124,10 +124,7 @@ def run(config: InitializeConfig) -> None:
     folder = resolve(config.model, config.revision)
     output = check_folders(config.output_dir, folder)
     quant = QuantSettings(config.quant_type, config.double_quant)
-    with open_source(folder) as source:
-        if source.is_quantized:
-            raise WeightsError(f"{folder}: is quantised already; give the model in 16 or 32 bits")
-        source.check(quant)
+    with open_unquantized(folder, quant) as source:
         lora = lora_settings(config)
         layers = [name for name, _ in block_linears(source.skeleton)]
         adapted = adapted_layers(layers, lora)

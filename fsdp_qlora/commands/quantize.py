@@ -7,13 +7,12 @@ import time
 
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.distributed import pick_device
-from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.export.standalone import (
     Target,
     check_folders,
     copy,
     in_file_order,
-    open_source,
+    open_unquantized,
     quantized,
     quantized_config,
     side_files,
@@ -48,10 +47,7 @@ def quantize(config: QuantizeConfig) -> Written:
     folder = resolve(config.model, config.revision)
     output = check_folders(config.output_dir, folder)
     quant = QuantSettings(config.quant_type, config.double_quant)
-    with open_source(folder) as source:
-        if source.is_quantized:
-            raise WeightsError(f"{folder}: is quantised already; give the model in 16 or 32 bits")
-        source.check(quant)
+    with open_unquantized(folder, quant) as source:
         if block_experts(source.skeleton):
             print(
                 "quantize: experts are quantised matrix by matrix, which fsdp-qlora reads; transformers 5 does not",

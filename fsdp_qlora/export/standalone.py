@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.config.export import size_in_bytes
-from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.errors import CheckpointError, ConfigError, WeightsError
 from fsdp_qlora.files import write_file
 from fsdp_qlora.models.families import Family
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
@@ -113,6 +113,16 @@ def open_source(folder: Path, skeleton: Skeleton | None = None) -> Iterator[Sour
     linears |= expert_matrices(skeleton)
     with Reader(tensors) as raw, Reader(named) as by_name:
         yield Source(folder, skeleton, raw, by_name, linears)
+
+
+@contextmanager
+def open_unquantized(folder: Path, quant: QuantSettings) -> Iterator[Source]:
+    """Open a checkpoint as open_source does; WeightsError if it is quantised already, or cannot be quantised like that."""
+    with open_source(folder) as source:
+        if source.is_quantized:
+            raise WeightsError(f"{folder}: is quantised already; give the model in 16 or 32 bits")
+        source.check(quant)
+        yield source
 
 
 def copy(source: Source, entry: TensorEntry, dtype: torch.dtype | None = None) -> Part:

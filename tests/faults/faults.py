@@ -148,6 +148,28 @@ def kill_in_save(save: int, moment: int, victim: int | None, rank: int) -> None:
     watch_disk(save, lambda number: _signal(signal.SIGKILL) if number == moment else None)
 
 
+class HalfWrites:
+    """A file that has a moment in the middle of every write."""
+
+    def __init__(self, file: Any, moment: Callable[[], None]) -> None:
+        self.file, self.moment = file, moment
+
+    def __enter__(self) -> HalfWrites:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.file.close()
+
+    def write(self, data: bytes | memoryview) -> None:
+        self.file.write(data[: len(data) // 2])
+        self.file.flush()
+        self.moment()
+        self.file.write(data[len(data) // 2 :])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.file, name)
+
+
 def watch_disk(save: int, act: Callable[[int], None]) -> Callable[[], int]:
     """Call `act` with the number of every moment of a save; return how to learn how many there were."""
     from fsdp_qlora import files, saver
@@ -172,27 +194,6 @@ def watch_disk(save: int, act: Callable[[int], None]) -> Callable[[], int]:
 
         setattr(owner, name, wrapped)
 
-    class HalfWrites:
-        """A file that has a moment in the middle of every write."""
-
-        def __init__(self, file: Any) -> None:
-            self.file = file
-
-        def __enter__(self) -> HalfWrites:
-            return self
-
-        def __exit__(self, *_: object) -> None:
-            self.file.close()
-
-        def write(self, data: bytes | memoryview) -> None:
-            self.file.write(data[: len(data) // 2])
-            self.file.flush()
-            moment()
-            self.file.write(data[len(data) // 2 :])
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(self.file, name)
-
     start, finish, path_open = saver.Saver.start, saver.Saver.finish, Path.open
 
     def counted_start(self: Any, position: Any) -> None:
@@ -210,7 +211,7 @@ def watch_disk(save: int, act: Callable[[int], None]) -> Callable[[], int]:
 
     def open_half(self: Path, mode: str = "r", *arguments: Any, **named: Any) -> Any:
         file = path_open(self, mode, *arguments, **named)
-        return HalfWrites(file) if active and mode == "wb" else file
+        return HalfWrites(file, moment) if active and mode == "wb" else file
 
     saver.Saver.start, saver.Saver.finish = counted_start, counted_finish  # type: ignore[method-assign]
     Path.open = open_half  # type: ignore[method-assign, assignment]

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 from tests.http_server import Handler, serve_http
 
@@ -37,66 +39,71 @@ class Hub:
         }
 
 
-def _handler(hub: Hub) -> type[Handler]:
-    class HubHandler(Handler):
-        def do_HEAD(self) -> None:
-            self._answer()
+class HubHandler(Handler):
+    """Answers for a hub."""
 
-        def do_GET(self) -> None:
-            self._answer()
+    def __init__(self, hub: Hub, *arguments: Any) -> None:
+        self.hub = hub
+        super().__init__(*arguments)
 
-        def _answer(self) -> None:
-            path = self.url_path()
-            hub.requests.append((self.command, path, self.headers.get("Range")))
-            if hub.status is not None:
-                return self.send(hub.status, b"{}")
-            if path.startswith(f"/api/models/{hub.repo}"):
-                return self._api(path.removeprefix(f"/api/models/{hub.repo}"))
-            prefix = f"/{hub.repo}/resolve/"
-            name = path.removeprefix(prefix).partition("/")[2]
-            if not path.startswith(prefix):
-                return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
-            if name not in hub.files:
-                return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
-            if hub.gated and (hub.token is None or self.headers.get("Authorization") != f"Bearer {hub.token}"):
-                code = 403 if self.headers.get("Authorization") else 401
-                return self.send(code, b"{}", {"X-Error-Code": "GatedRepo"})
-            self._file(hub.files[name])
+    def do_HEAD(self) -> None:
+        self._answer()
 
-        def _api(self, rest: str) -> None:
-            _, kind, revision = [*rest.split("/"), "", ""][:3] if rest else ("", "revision", "main")
-            if revision not in ("main", COMMIT):
-                return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
-            names = [{"rfilename": name} for name in hub.files]
-            content: object = {"id": hub.repo, "modelId": hub.repo, "sha": COMMIT, "siblings": names}
-            if kind == "tree":
-                content = [
-                    {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
-                    for name, data in hub.files.items()
-                ]
-            self.send(200, json.dumps(content).encode())
+    def do_GET(self) -> None:
+        self._answer()
 
-        def _file(self, data: bytes) -> None:
-            headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
-            status, start = 200, 0
-            if requested := self.headers.get("Range"):
-                status, start = 206, int(requested.removeprefix("bytes=").split("-")[0])
-                headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
-            if self.command == "GET" and hub.cut_at is not None and len(data) > hub.cut_at:
-                if hub.dead_after_cut and hub.cuts:
-                    return self.send(500, b"{}")
-                hub.cuts += 1
-                if hub.cuts == 1:
-                    self.send(status, data[start:], headers, cut_at=hub.cut_at)
-                    self.close_connection = True
-                    return None
-            self.send(status, data[start:], headers)
+    def _answer(self) -> None:
+        path = self.url_path()
+        self.hub.requests.append((self.command, path, self.headers.get("Range")))
+        if self.hub.status is not None:
+            return self.send(self.hub.status, b"{}")
+        if path.startswith(f"/api/models/{self.hub.repo}"):
+            return self._api(path.removeprefix(f"/api/models/{self.hub.repo}"))
+        prefix = f"/{self.hub.repo}/resolve/"
+        name = path.removeprefix(prefix).partition("/")[2]
+        if not path.startswith(prefix):
+            return self.send(401, b"{}", {"X-Error-Code": "RepoNotFound"})
+        if name not in self.hub.files:
+            return self.send(404, b"{}", {"X-Error-Code": "EntryNotFound"})
+        if self.hub.gated and (
+            self.hub.token is None or self.headers.get("Authorization") != f"Bearer {self.hub.token}"
+        ):
+            code = 403 if self.headers.get("Authorization") else 401
+            return self.send(code, b"{}", {"X-Error-Code": "GatedRepo"})
+        self._file(self.hub.files[name])
 
-    return HubHandler
+    def _api(self, rest: str) -> None:
+        _, kind, revision = [*rest.split("/"), "", ""][:3] if rest else ("", "revision", "main")
+        if revision not in ("main", COMMIT):
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        names = [{"rfilename": name} for name in self.hub.files]
+        content: object = {"id": self.hub.repo, "modelId": self.hub.repo, "sha": COMMIT, "siblings": names}
+        if kind == "tree":
+            content = [
+                {"type": "file", "path": name, "size": len(data), "oid": hashlib.sha1(data).hexdigest()}
+                for name, data in self.hub.files.items()
+            ]
+        self.send(200, json.dumps(content).encode())
+
+    def _file(self, data: bytes) -> None:
+        headers = {"ETag": f'"{hashlib.sha1(data).hexdigest()}"', "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+        status, start = 200, 0
+        if requested := self.headers.get("Range"):
+            status, start = 206, int(requested.removeprefix("bytes=").split("-")[0])
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        if self.command == "GET" and self.hub.cut_at is not None and len(data) > self.hub.cut_at:
+            if self.hub.dead_after_cut and self.hub.cuts:
+                return self.send(500, b"{}")
+            self.hub.cuts += 1
+            if self.hub.cuts == 1:
+                self.send(status, data[start:], headers, cut_at=self.hub.cut_at)
+                self.close_connection = True
+                return None
+        self.send(status, data[start:], headers)
 
 
 @contextmanager
 def serve(hub: Hub) -> Iterator[Hub]:
     """Serve the hub on a free local port while the block runs."""
-    with serve_http(_handler(hub)) as hub.url:
+    with serve_http(functools.partial(HubHandler, hub)) as hub.url:
         yield hub
