@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -91,6 +92,13 @@ def test_a_run_ends_well_and_says_what_it_did(runs: Runs, num_ranks: int, base: 
     assert f"1 sequences x {4 // num_ranks} micro-batches x {num_ranks} ranks = 4 sequences" in run.out
     assert run.out.count("done: 8 steps") == 1, "one rank speaks"
     assert "gathered bytes verified" in run.out
+    started = re.search(r"until the first step: (.*)", run.out)
+    assert started is not None
+    spent = {part.rsplit(" ", 2)[0]: float(part.split()[-2]) for part in started[1].split(", ")}
+    assert {"imports", "loading the data", "loading weights", "first step"} <= spent.keys()
+    assert 0 < spent["imports"] < 300
+    for line in run.metrics:
+        assert "loss" not in line or 0 <= line["data_seconds"] <= line["step_seconds"] + 1e-3
     record = run.record
     assert record["world_size"] == num_ranks
     assert record["config"]["lora_rank"] == 8

@@ -8,8 +8,10 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor, Shard
 
 from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
 
 
@@ -103,3 +105,28 @@ def test_loraplus_gives_lora_B_a_group_of_its_own() -> None:
     slow, fast = build_optimizer(model, TrainConfig(lr=0.5, loraplus_lr_ratio=16)).param_groups
     assert (slow["params"], slow["lr_ratio"]) == ([model.lora_A], 1)
     assert (fast["params"], fast["lr_ratio"]) == ([model.lora_B], 16)
+
+
+def test_sharded_parameters_are_updated_as_plain_ones_wherever_their_rows_are(ranks: Ranks) -> None:
+    """FSDP puts rows that it pads into other memory in its first forward, which is after the optimizer was made."""
+    config = TrainConfig(lr=0.1)
+    plain, sharded = nn.Module(), nn.Module()
+    plain.lora_A = nn.Parameter(torch.ones(3, 4))
+    sharded.lora_A = nn.Parameter(DTensor.from_local(torch.ones(3, 4), ranks.mesh, [Shard(0)]))
+    optimizers = [build_optimizer(model, config) for model in (plain, sharded)]
+    assert not isinstance(optimizers[1].param_groups[0]["params"][0], DTensor)
+    for step in range(2):
+        sharded.lora_A._local_tensor = sharded.lora_A._local_tensor.clone()
+        gradient = torch.randn(3, 4)
+        plain.lora_A.grad, sharded.lora_A.grad = (
+            gradient.clone(),
+            DTensor.from_local(gradient.clone(), ranks.mesh, [Shard(0)]),
+        )
+        norms = [clip_gradients(model, 0.5) for model in (plain, sharded)]
+        assert norms[0] == norms[1] == pytest.approx(float(gradient.norm()))
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        assert sharded.lora_A.to_local().equal(plain.lora_A), step
+        assert not plain.lora_A.allclose(torch.ones(3, 4))
+        assert sharded.lora_A.grad is None
