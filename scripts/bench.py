@@ -22,8 +22,6 @@ from typing import Any
 import fire
 import random_checkpoint
 import torch
-from rich.console import Console
-from rich.table import Table
 from torch.profiler import ProfilerActivity, profile
 from transformers import LlamaConfig
 
@@ -272,9 +270,10 @@ def bench(
     if not (target / "config.json").exists():
         random_checkpoint.make(shape, str(target), num_blocks)
     config = random_checkpoint.llama_config(shape, num_blocks)
-    table = Table(title=f"{shape}, r {rank}, {batch_size} x {context_length}, {torch.cuda.get_device_name()}")
-    for column in ("variant", "s/step", "tok/s", "of floor", "GiB", "first step s", "loss"):
-        table.add_column(column)
+    print(f"{shape}, r {rank}, {batch_size} x {context_length}, {torch.cuda.get_device_name()}\n")
+    print(
+        "| variant | s/step | tok/s | of floor | GiB | first step s | loss |\n|---|---|---|---|---|---|---|", flush=True
+    )
     tokens = batch_size * context_length
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=spawn, max_tasks_per_child=1) as pool:
@@ -284,17 +283,10 @@ def bench(
             timing = pool.submit(run_variant, variant, job, steps, profile).result()
             flops = flops_per_token(config, rank, context_length, 0.0 if "-keep" in variant else 1.0)
             floor = flops * tokens / rates["tflops"] / 1e12
-            table.add_row(
-                variant,
-                f"{timing.seconds:.3f}",
-                f"{tokens / timing.seconds:,.0f}",
-                f"{floor / timing.seconds:.0%}",
-                f"{timing.gib:.1f}",
-                f"{timing.first:.0f}",
-                f"{timing.loss:.4f}",
-            )
-    Console(width=110).print(table)
-    print(f"measured: bf16 matmul {rates['tflops']:.0f} TFLOP/s, host to device {rates['host_gbs']:.1f} GB/s")
+            cells = f"{timing.seconds:.3f}", f"{tokens / timing.seconds:,.0f}", f"{floor / timing.seconds:.0%}"
+            rest = f"{timing.gib:.1f}", f"{timing.first:.0f}", f"{timing.loss:.4f}"
+            print(f"| {' | '.join((variant, *cells, *rest))} |", flush=True)  # a later one may be cut off
+    print(f"\nmeasured: bf16 matmul {rates['tflops']:.0f} TFLOP/s, host to device {rates['host_gbs']:.1f} GB/s")
     print("".join(f"{name} {rate:.0f} TFLOP/s; " for name, rate in rates.items() if name.startswith("fp8")))
 
 
