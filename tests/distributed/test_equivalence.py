@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, make_mesh, process_group
 from fsdp_qlora.errors import TrainingError
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
-from fsdp_qlora.trainer import Trainer
+from fsdp_qlora.trainer import StepResult, Trainer
 from tests.ranks import run_ranks
 from tests.tiny import memory, save_tiny
 
@@ -104,17 +105,23 @@ def llama_linears(num_layers: int = 2) -> dict[str, tuple[int, int]]:
     return {f"model.layers.{i}.{name}": shape for i in range(num_layers) for name, shape in shapes.items()}
 
 
-def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
-    """Build the tiny model and a trainer for one way of splitting."""
+def make_trainer(
+    folder: Path, split: Split, ranks: Ranks, lora: LoraSettings | None = None, lr: float = 3e-4
+) -> Trainer:
+    """Build the tiny model and a trainer for one way of splitting.
+
+    Args:
+        lora: what is trained, from its usual initial values; by default LORA, from those of initial_adapter.
+    """
     ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, split.sharding, NODE))
     built = build_model(
         folder,
         ranks,
         QuantSettings(num_shards=ranks.num_shards),
-        LORA,
+        lora or LORA,
         torch.float32,
         memory=memory(cpu_offload=split.cpu_offload, activation_checkpointing=split.activation_checkpointing),
-        adapter=initial_adapter(llama_linears()),
+        adapter=initial_adapter(llama_linears()) if lora is None else None,
     )
     loader = data.Loader(
         examples(),
@@ -124,7 +131,7 @@ def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
         rank=ranks.rank,
         world_size=ranks.world_size,
     )
-    config = TrainConfig(max_steps=NUM_STEPS, lr=3e-4, max_grad_norm=MAX_GRAD_NORM, weight_decay=0.1)
+    config = TrainConfig(max_steps=NUM_STEPS, lr=lr, max_grad_norm=MAX_GRAD_NORM, weight_decay=0.1)
     return Trainer(config, ranks, built, loader, {})
 
 
@@ -134,16 +141,20 @@ def train_on_rank(folder: Path, splits: list[Split]) -> list[dict[str, Any]]:
     with process_group("full", timeout_s=60, device="cpu") as ranks:
         for split in splits:
             trainer = make_trainer(folder, split, ranks)
-            gradients: list[dict[str, np.ndarray]] = []
-
-            def keep(*_: Any, trainer: Trainer = trainer, kept: list[dict[str, np.ndarray]] = gradients) -> None:
-                kept.append(gradients_of(trainer))
-
-            trainer.optimizer.register_step_pre_hook(keep)
-            steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(NUM_STEPS)]
+            steps, gradients = take_steps(trainer, NUM_STEPS, gradients_of)
             adapter = {name: value.numpy() for name, value in gather_adapter(trainer.root, trainer.ranks).items()}
             results.append({"steps": steps, "gradients": gradients, "adapter": adapter})
     return results
+
+
+def take_steps(
+    trainer: Trainer, num_steps: int, gradients_of: Callable[[Trainer], dict[str, np.ndarray]]
+) -> tuple[list[StepResult], list[dict[str, np.ndarray]]]:
+    """Train; return the steps, and of each the gradients with which the optimizer was called."""
+    gradients: list[dict[str, np.ndarray]] = []
+    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.append(gradients_of(trainer)))
+    steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(num_steps)]
+    return steps, gradients
 
 
 def gradients_of(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -164,12 +175,14 @@ def differences(found: dict[str, np.ndarray], expected: dict[str, np.ndarray]) -
     return norm_of(apart) / norm_of(expected), each
 
 
-def assert_close(found: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: str) -> None:
+def assert_close(
+    found: dict[str, np.ndarray], expected: dict[str, np.ndarray], what: str, of_each: float = 3 * TOLERANCE
+) -> None:
     """Compare sets of matrices: all together, and each, whose own rounding is larger."""
     total, each = differences(found, expected)
     assert total < TOLERANCE, f"{what} differs by {total:.1e}"
     for name, relative in each.items():
-        assert relative < 3 * TOLERANCE, f"{what}: {name} differs by {relative:.1e}"
+        assert relative < of_each, f"{what}: {name} differs by {relative:.1e}"
 
 
 def norm_of(matrices: dict[str, np.ndarray]) -> float:

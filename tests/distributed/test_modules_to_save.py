@@ -2,33 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 
-from fsdp_qlora import data
 from fsdp_qlora.adapters import PREFIX, full_tensor, gather_adapter
-from fsdp_qlora.build import build_model
-from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.distributed import Ranks, make_mesh, process_group
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
+from fsdp_qlora.distributed import process_group
+from fsdp_qlora.quant.adapt import LoraSettings
 from fsdp_qlora.resume import trainable
 from fsdp_qlora.trainer import Trainer
-from tests.distributed.test_equivalence import LOADER, NODE, Split, assert_close, examples, norm_of
+from tests.distributed.test_equivalence import MAX_GRAD_NORM, Split, assert_close, make_trainer, norm_of, take_steps
 from tests.faults import trials
 from tests.faults.jobs import make_inputs, of_world, train
 from tests.ranks import run_ranks
-from tests.tiny import memory, save_tiny
+from tests.tiny import save_tiny
 
 ROWS = 321
 """Rows of the vocabulary, which no number of ranks here divides."""
 
 PADDING = 0
-MAX_GRAD_NORM = 0.5
 NUM_STEPS = 2
 LORA = LoraSettings(4, 8.0, modules_to_save=("embed_tokens", "lm_head"))
 
@@ -40,40 +34,23 @@ SPLITS = {
 CASES = [(world_size, split) for world_size, splits in SPLITS.items() for split in splits]
 
 
-def make_trainer(folder: Path, split: Split, ranks: Ranks) -> Trainer:
-    ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, split.sharding, NODE))
-    built = build_model(
-        folder,
-        ranks,
-        QuantSettings(num_shards=ranks.num_shards),
-        LORA,
-        torch.float32,
-        memory=memory(cpu_offload=split.cpu_offload, activation_checkpointing=split.activation_checkpointing),
-    )
-    own = {"batch_size": split.batch_size, "gradient_accumulation_steps": split.accumulation}
-    loader = data.Loader(examples(), **LOADER, **own, rank=ranks.rank, world_size=ranks.world_size)
-    config = TrainConfig(max_steps=NUM_STEPS, lr=3e-3, max_grad_norm=MAX_GRAD_NORM, weight_decay=0.1)
-    return Trainer(config, ranks, built, loader, {})
-
-
 def train_on_rank(folder: Path, splits: list[Split]) -> list[dict[str, Any]]:
     """Return, of each split, the steps, the clipped gradients of the last and the modules before and after."""
     results = []
     with process_group("full", timeout_s=60, device="cpu") as ranks:
         for split in splits:
-            trainer = make_trainer(folder, split, ranks)
-            gradients: list[dict[str, np.ndarray]] = []
-
-            def keep(*_: Any, trainer: Trainer = trainer, kept: list[dict[str, np.ndarray]] = gradients) -> None:
-                named = [(name, parameter.grad) for name, parameter in trainable(trainer.root)]
-                kept.append({name: full_tensor(grad, trainer.ranks.device).numpy() for name, grad in named})
-
-            trainer.optimizer.register_step_pre_hook(keep)
+            trainer = make_trainer(folder, split, ranks, LORA, lr=3e-3)
             before = modules_of(trainer)
-            steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(NUM_STEPS)]
+            steps, gradients = take_steps(trainer, NUM_STEPS, gradients_of)
             after = modules_of(trainer)
             results.append({"steps": steps, "gradients": gradients[-1], "before": before, "after": after})
     return results
+
+
+def gradients_of(trainer: Trainer) -> dict[str, np.ndarray]:
+    """Return the whole gradient of all that is trained; all ranks take part."""
+    named = [(name, parameter.grad) for name, parameter in trainable(trainer.root)]
+    return {name: full_tensor(gradient, trainer.ranks.device).numpy() for name, gradient in named}
 
 
 def modules_of(trainer: Trainer) -> dict[str, np.ndarray]:
@@ -95,8 +72,10 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path: Path, family: str) 
                 assert one.loss == pytest.approx(other.loss, rel=1e-6), (world_size, split)
                 assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6), (world_size, split)
             assert norm_of(found["gradients"]) == pytest.approx(MAX_GRAD_NORM, rel=1e-5), "each matrix counts once"
-            assert_close(found["gradients"], expected["gradients"], f"gradient with {world_size} ranks and {split}")
-            assert_close(found["after"], expected["after"], f"modules with {world_size} ranks and {split}")
+            case = f"with {world_size} ranks and {split}"
+            # lora_B, and so lora_A's gradient, is what AdamW's first step made of 0: there rounding shows most
+            assert_close(found["gradients"], expected["gradients"], f"gradient {case}", of_each=1e-5)
+            assert_close(found["after"], expected["after"], f"modules {case}")
     modules = ["model.embed_tokens"] if family != "llama" else ["model.embed_tokens", "lm_head"]
     assert set(modules) == {name for name in expected["gradients"] if "lora" not in name}
     for module in modules:
