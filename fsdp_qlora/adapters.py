@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,22 +21,16 @@ from fsdp_qlora.files import FileRecord, write_new, write_tensors
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_record
 from fsdp_qlora.parallel import LossModel
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from fsdp_qlora.peft_format import PREFIX, file_name, is_expert_parameter, layer_config, matrix_names, peft_layer
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears
+from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import VOCABULARY, pattern_value, whole_modules
-
-PREFIX = "base_model.model."
 
 STEP = "optimizer_step"
 """Where the file of the matrices says after which step they were saved."""
 
-UNSUPPORTED = (
-    "lora_bias",
-    "alora_invocation_tokens",
-    "layer_replication",
-    "trainable_token_indices",
-    "use_qalora",
-)
+UNSUPPORTED = ("lora_bias", "alora_invocation_tokens", "layer_replication", "trainable_token_indices", "use_qalora")
 """Fields of PEFT's LoraConfig that change what an adapter computes, or which of its matrices count."""
 
 
@@ -67,14 +61,15 @@ def gather_adapter(root: LossModel, ranks: Ranks) -> dict[str, Tensor]:
 
 def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tensor]]:
     """Gather one matrix after the other, as `gather_adapter` returns them; every rank must take all."""
-    for linear in lora_linears(root):
-        for part, parameter in linear.adapter():
+    prefix, layers = root.adapter_prefix, list(lora_layers(root))
+    experts = {layer.name for layer in layers if isinstance(layer, ExpertLora)}
+    for layer in layers:
+        for part, parameter in layer.adapter():
             value = full_tensor(parameter, ranks.device)
-            suffix = "" if part == "lora_magnitude_vector" else ".weight"
-            name = f"{PREFIX}{peft_layer(root.adapter_prefix, linear.name)}.{part}{suffix}"
-            yield name, _checked(name, value, linear.adapter_shape(part))
-    for layer, module in trained_vocabularies(root.model):
-        name = f"{PREFIX}{peft_layer(root.adapter_prefix, layer)}.weight"
+            name = file_name(prefix, layer.name, part, experts)
+            yield name, _checked(name, value, layer.adapter_shape(part))
+    for whole, module in trained_vocabularies(root.model):
+        name = f"{PREFIX}{peft_layer(prefix, whole)}.weight"
         value = full_tensor(module.weight, ranks.device)
         yield name, _checked(name, value, (module.num_rows, value.shape[1]))
         if root.tied:  # PEFT stores the matrix once for each module
@@ -87,66 +82,16 @@ def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
     return value.contiguous()
 
 
-def peft_layer(prefix: str, layer: str) -> str:
-    """Return the name of a layer in the model that PEFT applies an adapter to.
-
-    Args:
-        prefix: the family's `adapter_prefix`.
-    """
-    return prefix + layer.removeprefix("model.") if layer.startswith("model.") else layer
-
-
 def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict[str, Any]:
     """Return PEFT's LoraConfig for the adapter of a model as a dict."""
-    linears = list(lora_linears(root))
-    adapted = {linear.name for linear in linears if linear.lora_A is not None}
-    config = layer_config(lora, base_model, root.adapter_prefix, adapted, [linear.name for linear in linears])
+    adapted, every = {layer.name for layer in lora_layers(root)}, [linear.name for linear in lora_linears(root)]
+    experts = adapted.difference(every)
+    config = layer_config(lora, base_model, root.adapter_prefix, adapted - experts, every, experts)
     whole = whole_modules(lora, root.tied)
     if not whole:
         return config
     tying = {"ensure_weight_tying": True} if root.tied else {}
     return {**config, "modules_to_save": [name.rpartition(".")[2] for name in whole], **tying}
-
-
-def layer_config(
-    lora: LoraSettings, base_model: str, prefix: str, adapted: Collection[str], every: Collection[str]
-) -> dict[str, Any]:
-    """Return PEFT's LoraConfig as a dict.
-
-    Args:
-        prefix: the family's `adapter_prefix`.
-        adapted: names of the layers that have LoRA, out of those of `every` linear layer.
-    """
-    ranks = {peft_layer(prefix, layer): lora.rank_of(layer) for layer in sorted(adapted)}
-    alphas = {peft_layer(prefix, layer): lora.alpha_of(layer) for layer in sorted(adapted)}
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_model,
-        "r": lora.rank,
-        "lora_alpha": lora.alpha,
-        "lora_dropout": lora.dropout,
-        "target_modules": _target_modules(prefix, adapted, every),
-        "rank_pattern": {name: rank for name, rank in ranks.items() if rank != lora.rank},
-        "alpha_pattern": {name: alpha for name, alpha in alphas.items() if alpha != lora.alpha},
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "use_rslora": lora.use_rslora,
-        "use_dora": lora.use_dora,
-        "modules_to_save": None,
-        "inference_mode": True,
-    }
-
-
-def _target_modules(prefix: str, adapted: Collection[str], every: Collection[str]) -> list[str] | str:
-    """Return what makes PEFT adapt these layers and no others: last parts of names where they tell enough."""
-    leaves = sorted({name.rpartition(".")[2] for name in adapted})
-    if set(adapted) != {name for name in every if name.rpartition(".")[2] in leaves}:
-        return sorted(peft_layer(prefix, layer) for layer in adapted)
-    if prefix != "model.":  # other parts of the model have layers of the same names
-        return rf"{re.escape(prefix)}layers\..*\.({'|'.join(leaves)})"
-    return leaves
 
 
 def write_adapter(
@@ -229,7 +174,7 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])
-        alphas = [float(value) for value in (config.get("alpha_pattern") or {}).values()]
+        alphas = [value for _, value in pattern_pairs(config, "alpha_pattern")]
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
     unsupported = [key for key in UNSUPPORTED if config.get(key)]
@@ -241,14 +186,6 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
             f" {unsupported or config.get('peft_type')}"
         )
     return config
-
-
-def matrix_name(name: str) -> str:
-    """Return '<layer name>.<part>', with a part of ADAPTER_PARTS, for a tensor of an adapter file.
-
-    A module that was trained whole has no part: its name is in VOCABULARY's values.
-    """
-    return name.removeprefix(PREFIX).replace("model.language_model.", "model.", 1).removesuffix(".weight")
 
 
 @dataclass(frozen=True)
@@ -287,11 +224,10 @@ def open_adapter(folder: Path, base: str | None, revision: str | None = None) ->
     """
     folder = find_adapter(folder)
     config = read_adapter_config(folder)
-    tensors = _read_tensors(folder)
+    matrices, names = _read_matrices(folder, config)
     base, revision = base_of(folder, base, revision)
-    matrices = {matrix_name(name): value for name, value in tensors.items()}
     named = config.get("base_model_name_or_path")
-    return TrainedAdapter(folder, base, named, revision, _settings_of(config, tensors), matrices)
+    return TrainedAdapter(folder, base, named, revision, _settings_of(config, matrices, names), matrices)
 
 
 def base_of(folder: Path, base: str | None, revision: str | None) -> tuple[str, str | None]:
@@ -315,46 +251,65 @@ def base_of(folder: Path, base: str | None, revision: str | None) -> tuple[str, 
 
 
 def read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Return an adapter's config and its matrices by '<layer name>.<part>' (see `matrix_name`), float32.
+    """Return an adapter's config and its matrices by '<layer name>.<part>' (see `matrix_names`), float32.
 
     Raises:
         CheckpointError: files missing or unreadable, or a kind of adapter that this program does not apply.
     """
     config = read_adapter_config(folder)
-    return config, {matrix_name(name): value for name, value in _read_tensors(folder).items()}
+    return config, _read_matrices(folder, config)[0]
 
 
-def _read_tensors(folder: Path) -> dict[str, Tensor]:
-    """Return an adapter's tensors by their names in its file, float32."""
+def _read_matrices(folder: Path, config: Mapping[str, Any]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Return the matrices, and their names in the file, both by '<layer name>.<part>'."""
     try:
-        return {name: value.float() for name, value in load_file(folder / WEIGHTS_FILE).items()}
+        tensors = load_file(folder / WEIGHTS_FILE)
+        names = matrix_names(tensors, config.get("target_parameters"))
+        return {name: tensors[own].float() for name, own in names.items()}, names
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter is unreadable ({error}); save or copy it again") from error
 
 
-def _settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> LoraSettings:
+def _settings_of(config: Mapping[str, Any], matrices: Mapping[str, Tensor], names: Mapping[str, str]) -> LoraSettings:
     """Return the settings that make exactly the layers of an adapter's file, each with its own rank and alpha.
 
     PEFT's patterns are for names in the model it applies an adapter to, which the file has, so they are resolved here.
+
+    Args:
+        names: those in the file, by those of the matrices.
     """
     rank, alpha = int(config["r"]), float(config["lora_alpha"])
-    pairs = [(pattern, float(value)) for pattern, value in (config.get("alpha_pattern") or {}).items()]
-    ranks, alphas = {}, {}
-    for name, value in tensors.items():
-        if name.endswith(".lora_A.weight"):
-            layer = matrix_name(name).removesuffix(".lora_A")
-            ranks[layer] = value.shape[0]
-            alphas[layer] = pattern_value(pairs, name.removeprefix(PREFIX).removesuffix(".lora_A.weight"), alpha)
+    rank_pairs, alpha_pairs = (pattern_pairs(config, kind) for kind in ("rank_pattern", "alpha_pattern"))
+    ranks, alphas, experts = {}, {}, []
+    for name in matrices:
+        layer, _, part = name.rpartition(".")
+        if part != "lora_A":
+            continue
+        in_peft, ranks[layer] = names[name].removeprefix(PREFIX).removesuffix(".lora_A.weight"), len(matrices[name])
+        if is_expert_parameter(layer):  # lora_A holds the rank once for each expert
+            in_peft, ranks[layer] = layer, int(pattern_value(rank_pairs, layer, rank))
+            experts.append(layer)
+        alphas[layer] = pattern_value(alpha_pairs, in_peft, alpha)
     return LoraSettings(
         rank,
         alpha,
-        target_modules=",".join(sorted(ranks)),
+        target_modules=",".join(sorted(set(ranks).difference(experts))),
+        target_parameters=tuple(sorted(experts)),
         use_rslora=bool(config.get("use_rslora")),
         use_dora=bool(config.get("use_dora")),
         rank_pattern=tuple((re.escape(layer), own) for layer, own in ranks.items() if own != rank),
         alpha_pattern=tuple((re.escape(layer), own) for layer, own in alphas.items() if own != alpha),
         **saved_modules(config),
     )
+
+
+def pattern_pairs(config: Mapping[str, Any], kind: str) -> list[tuple[str, float]]:
+    """Return the pairs of pattern and value of an adapter's config.
+
+    Args:
+        kind: rank_pattern or alpha_pattern.
+    """
+    return [(pattern, float(value)) for pattern, value in (config.get(kind) or {}).items()]
 
 
 def saved_modules(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -381,16 +336,14 @@ def _misfit(name: str, found: tuple[int, ...] | None, expected: tuple[int, ...] 
 
 
 def check_adapter(
-    matrices: Mapping[str, Tensor], linears: Collection[LoRALinear], whole: Mapping[str, tuple[int, ...]]
+    matrices: Mapping[str, Tensor], layers: Iterable[LoRALinear | ExpertLora], whole: Mapping[str, tuple[int, ...]]
 ) -> None:
     """Raise CheckpointError unless the matrices are exactly those of the layers, with their shapes.
 
     Args:
         whole: shapes of the modules that are trained whole, by name.
     """
-    expected = {
-        f"{linear.name}.{part}": linear.adapter_shape(part) for linear in linears for part, _ in linear.adapter()
-    }
+    expected = {f"{layer.name}.{part}": layer.adapter_shape(part) for layer in layers for part, _ in layer.adapter()}
     expected |= whole
     found = {name: tuple(value.shape) for name, value in matrices.items()}
     for name in sorted(set(expected) | set(found)):

@@ -26,6 +26,8 @@ from fsdp_qlora.quant.adapt import (
     LoraSettings,
     QuantSettings,
     block_linears,
+    expert_parameters,
+    lora_layers,
     lora_linears,
     packed_layers,
     tensor_names,
@@ -141,7 +143,7 @@ def build_model(
         if adapter is not None and skeleton.tied:  # PEFT stores the one matrix a second time
             adapter = {name: value for name, value in adapter.items() if name != VOCABULARY["lm_head"]}
         if adapter is not None:
-            check_layers(adapter, layers)
+            check_layers(adapter, [*layers, *expert_parameters(skeleton)])
         quant = detect_quantization(reader, [name + ".weight" for name in layers], quant)
         quant = quant.held(torch.float32 if full else dtype)
         parallelized = parallelize(
@@ -158,7 +160,7 @@ def build_model(
         if reads_base(ranks, broadcast):
             check_tensors(reader, parallelized.root, parallelized.names)
         if adapter is not None:
-            check_adapter(adapter, list(lora_linears(parallelized.root)), whole)
+            check_adapter(adapter, lora_layers(parallelized.root), whole)
     with agree_on_errors(ranks, "reserving CPU memory"):
         allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:

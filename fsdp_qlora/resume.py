@@ -28,7 +28,7 @@ from fsdp_qlora.errors import CheckpointError, ConfigError
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.optim import ShardedAdamW, local
 from fsdp_qlora.parallel import LossModel
-from fsdp_qlora.quant.adapt import lora_linears
+from fsdp_qlora.quant.adapt import lora_layers
 from fsdp_qlora.settings import show
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -65,9 +65,9 @@ def trainable(root: LossModel) -> Iterator[tuple[str, nn.Parameter]]:
     if root.masters:
         yield from ((name, getattr(module, own)) for name, module, own in root.masters)
         return
-    for linear in lora_linears(root):
-        for part, parameter in linear.adapter():
-            yield f"{linear.name}.{part}", parameter
+    for layer in lora_layers(root):
+        for part, parameter in layer.adapter():
+            yield f"{layer.name}.{part}", parameter
     for name, module in trained_vocabularies(root.model):
         yield name, module.weight
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import PREFIX, layer_config, peft_layer, replace_adapter
+from fsdp_qlora.adapters import replace_adapter
 from fsdp_qlora.config import InitializeConfig
 from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.distributed import pick_device
@@ -32,6 +32,7 @@ from fsdp_qlora.export.standalone import (
     write_checkpoint,
 )
 from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.peft_format import file_name, layer_config
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears
 from fsdp_qlora.quant.lora import adapted_layers
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
@@ -98,8 +99,7 @@ class Initialization:
         for index, error in enumerate((plain_error, left)):
             self.errors[index] += float(error.square().sum())
         for part, values in zip(("lora_A", "lora_B"), factors, strict=True):
-            peft_name = peft_layer(self.source.family.adapter_prefix, layer)
-            self.matrices[f"{PREFIX}{peft_name}.{part}.weight"] = values.cpu()
+            self.matrices[file_name(self.source.family.adapter_prefix, layer, part, ())] = values.cpu()
         return base
 
     def parts(self) -> list[Part]:

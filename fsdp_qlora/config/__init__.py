@@ -23,7 +23,15 @@ from fsdp_qlora.config.export import MergeConfig as MergeConfig
 from fsdp_qlora.config.export import PushConfig as PushConfig
 from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.config.export import is_size
-from fsdp_qlora.config.lora import FP8_CHECK, FULL_CHECK, METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, MethodSettings
+from fsdp_qlora.config.lora import (
+    FP8_CHECK,
+    FULL_CHECK,
+    METHOD_CHECKS,
+    METHOD_RULES,
+    SHAPE_CHECKS,
+    TRAINED_CHECKS,
+    MethodSettings,
+)
 from fsdp_qlora.config.lora import InitializeConfig as InitializeConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 
@@ -383,7 +391,7 @@ CHECKS: dict[type, tuple[Check, ...]] = {
         Check(("overwrite", "resume"), _overwrite_what_is_resumed),
     ),
     PlanConfig: (
-        *SHAPE_CHECKS,
+        *TRAINED_CHECKS,
         FULL_CHECK,
         FP8_CHECK,
         Check(("sharding", "cpu_offload"), _offload_without_shards),

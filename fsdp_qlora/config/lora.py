@@ -13,7 +13,9 @@ from fsdp_qlora.quant.lora import (
     is_targets,
     parse_layers,
     parse_modules,
+    parse_names,
     parse_patterns,
+    refused_with_experts,
 )
 from fsdp_qlora.settings import Check, Rule, show
 
@@ -62,6 +64,11 @@ class TrainedSettings(LoraMatrices):
 
     use_dora: bool = False
     """DoRA: train the lengths of the rows of each matrix apart from their directions. Slower, and keeps more activations."""
+
+    lora_target_parameters: str | None = None
+    """LoRA on the experts of a mixture of experts too: 'experts' for all their matrices, or comma-separated names of PEFT's
+    target_parameters, such as mlp.experts.gate_up_proj,mlp.experts.down_proj; default: none. Each expert has matrices of
+    lora_rank of its own."""
 
     modules_to_save: str | None = None
     """Modules trained whole beside LoRA and saved with it: embed_tokens, lm_head, or both with a comma between; default:
@@ -134,6 +141,7 @@ DECIDED_BY_ADAPTER = (
     "lora_rank",
     "lora_alpha",
     "lora_target_modules",
+    "lora_target_parameters",
     "lora_init",
     "use_rslora",
     "use_dora",
@@ -173,7 +181,14 @@ def lora_settings(config: LoraMatrices) -> LoraSettings:
         lora = replace(lora, alpha=config.lora_alpha, use_rslora=config.use_rslora, alpha_pattern=alphas)
     if isinstance(config, TrainedSettings):
         whole = parse_modules(config.modules_to_save) if config.modules_to_save is not None else ()
-        lora = replace(lora, dropout=config.lora_dropout, use_dora=config.use_dora, modules_to_save=whole)
+        experts = parse_names(config.lora_target_parameters) if config.lora_target_parameters is not None else ()
+        lora = replace(
+            lora,
+            dropout=config.lora_dropout,
+            use_dora=config.use_dora,
+            modules_to_save=whole,
+            target_parameters=experts,
+        )
     if isinstance(config, MethodSettings):
         lora = replace(lora, init=config.lora_init)
     return lora
@@ -200,6 +215,9 @@ METHOD_RULES: dict[str, Rule] = {
     "lora_target_modules": Rule(
         is_targets,
         "'all-linear', module names separated by commas, such as q_proj,v_proj, or a regular expression for whole names",
+    ),
+    "lora_target_parameters": Rule(
+        _parses(parse_names), "'experts', or names of parameters separated by commas, such as mlp.experts.down_proj"
     ),
     "layers_to_transform": Rule(_parses(parse_layers), "block numbers and ranges separated by commas, such as 0-15,20"),
     "rank_pattern": Rule(
@@ -262,6 +280,19 @@ FP8_CHECK = Check(("compute_dtype", "precision"), _fp8_of_no_bf16)
 
 FULL_CHECK = Check(("train_type", "quant_type"), _full_beside_lora)
 
+
+def _kind_of_experts(config: TrainedSettings) -> str | None:
+    if config.lora_target_parameters is None:
+        return None
+    refusal = refused_with_experts(config.lora_dropout, config.use_dora)
+    return None if refusal is None else f"--lora_target_parameters={config.lora_target_parameters} with {refusal}"
+
+
 SHAPE_CHECKS: tuple[Check, ...] = (Check(("layers_to_transform", "lora_target_modules"), _layers_of_a_regex),)
 
-METHOD_CHECKS: tuple[Check, ...] = (Check(("adapter", *DECIDED_BY_ADAPTER), _adapter_and_its_settings), *SHAPE_CHECKS)
+TRAINED_CHECKS: tuple[Check, ...] = (
+    Check(("lora_target_parameters", "lora_dropout", "use_dora"), _kind_of_experts),
+    *SHAPE_CHECKS,
+)
+
+METHOD_CHECKS: tuple[Check, ...] = (Check(("adapter", *DECIDED_BY_ADAPTER), _adapter_and_its_settings), *TRAINED_CHECKS)

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.export.merged_weights import Lora
 from fsdp_qlora.models.skeleton import Skeleton
+from fsdp_qlora.quant.expert_lora import EXPERT_PARAMETERS
 from fsdp_qlora.weights.reader import Reader
 
 PROMPTS = (
@@ -124,6 +125,8 @@ def _streamed(skeleton: Skeleton, variant: Variant, device: torch.device) -> Ite
             handles.append(module.register_forward_pre_hook(_giver(name, own, variant, device)))
             if isinstance(module, nn.Linear) and variant.lora is not None:
                 handles.append(module.register_forward_hook(_adder(f"{name}.weight", variant.lora)))
+            elif variant.lora is not None and _is_experts(own):
+                handles.append(module.register_forward_hook(_expert_adder(name, variant.lora)))
             handles.append(module.register_forward_hook(_taker(own)))
     buffers = [(module, dict(module.named_buffers(recurse=False))) for module in skeleton.model.modules()]
     try:
@@ -151,12 +154,21 @@ def _giver(name: str, own: dict[str, nn.Parameter], variant: Variant, device: to
     return give
 
 
+def _is_experts(own: Mapping[str, nn.Parameter]) -> bool:
+    return all(key in own and own[key].dim() == 3 for key in EXPERT_PARAMETERS)
+
+
+def _matrices(name: str, key: str, expert: int) -> list[str]:
+    """Return the names of the matrices that one expert has in a parameter, in their order of rows."""
+    parts = ("gate_proj", "up_proj") if key == "gate_up_proj" else (key,)
+    return [f"{name}.{expert}.{part}.weight" for part in parts]
+
+
 def _stack(name: str, key: str, num_experts: int, variant: Variant) -> Tensor:
     """Return the experts' matrices as transformers stacks them, [experts, out, in]."""
-    parts = ("gate_proj", "up_proj") if key == "gate_up_proj" else (key,)
     return torch.stack(
         [
-            torch.cat([variant.matrix(f"{name}.{expert}.{part}.weight") for part in parts])
+            torch.cat([variant.matrix(matrix) for matrix in _matrices(name, key, expert)])
             for expert in range(num_experts)
         ]
     )
@@ -183,6 +195,23 @@ def _adder(name: str, update: Callable[[str], Lora | None]) -> Callable[..., Non
                 output[:half] *= factors
                 if module.bias is not None:
                     output[:half] += module.bias * (1 - factors)
+
+    return add
+
+
+def _expert_adder(name: str, update: Callable[[str], Lora | None]) -> Callable[..., None]:
+    """Compute the first half of the batch again, with the updates added to the experts' matrices."""
+
+    def add(module: nn.Module, arguments: tuple[Tensor, ...], output: Tensor) -> None:
+        for key in EXPERT_PARAMETERS:
+            for expert, matrix in enumerate(getattr(module, key)):
+                rows = matrix.chunk(len(_matrices(name, key, expert)))
+                for part, own in zip(rows, _matrices(name, key, expert), strict=True):
+                    lora = update(own)
+                    if lora is not None:
+                        lora.add_to(part)
+        half = len(output) // 2
+        output[:half] = module.forward(*(argument[:half] for argument in arguments))
 
     return add
 

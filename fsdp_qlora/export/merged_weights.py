@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -12,11 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fsdp_qlora.adapters import matrix_name, read_adapter_config, saved_modules
+from fsdp_qlora.adapters import pattern_pairs, read_adapter_config, saved_modules
 from fsdp_qlora.errors import CheckpointError, WeightsError
 from fsdp_qlora.export.standalone import Source
 from fsdp_qlora.output_files import WEIGHTS_FILE
-from fsdp_qlora.quant.adapt import QuantSettings
+from fsdp_qlora.peft_format import matrix_names
+from fsdp_qlora.quant.adapt import QuantSettings, expert_parameters
+from fsdp_qlora.quant.expert_lora import factors_of_matrix, parameter_of
 from fsdp_qlora.quant.linear import ADAPTER_PARTS
 from fsdp_qlora.quant.lora import VOCABULARY, LoraSettings, pattern_value, whole_modules
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
@@ -62,7 +65,12 @@ class Adapter:
     def __init__(self, config: Mapping[str, Any], reader: Reader, source: Source) -> None:
         self.config, self.reader = config, reader
         self._prefix = source.family.adapter_prefix
-        self._tensors = {matrix_name(name): name for name in reader.tensors}
+        self._tensors = matrix_names(reader.tensors, config.get("target_parameters"))
+        # transformers' parameters of experts [experts, out, in], by name
+        self._stacks = {
+            name: tuple(source.skeleton.model.get_parameter(name).shape) for name in expert_parameters(source.skeleton)
+        }
+        self._read = functools.lru_cache(maxsize=4)(self._read_anew)  # those of experts serve many matrices
         lora = LoraSettings(int(config["r"]), float(config["lora_alpha"]), **saved_modules(config))
         modules = whole_modules(lora, source.skeleton.tied)
         self.whole = tuple(f"{name}.weight" for name in modules)
@@ -82,19 +90,26 @@ class Adapter:
                 )
         for name, shape in found.items():
             layer, _, part = name.rpartition(".")
-            matrix = source.linears.get(f"{layer}.weight")
-            rank = found.get(f"{layer}.lora_A", (0,))[0]
-            if matrix is not None and rank > 0 and all(f"{layer}.{other}" in found for other in self._parts):
-                expected: dict[str, tuple[int, ...]]
-                expected = {"lora_A": (rank, matrix[1]), "lora_B": (matrix[0], rank)}
-                if self.config.get("use_dora"):
-                    expected["lora_magnitude_vector"] = (matrix[0],)
-                if shape == expected.get(part):
-                    continue
+            rows = found.get(f"{layer}.lora_A", (0,))[0]
+            if all(f"{layer}.{other}" in found for other in self._parts) and shape == self._shapes(
+                source, layer, rows
+            ).get(part):
+                continue
             raise CheckpointError(
                 f"adapter matrix '{name}' of shape {list(shape)} has no place in this base: the adapter belongs to"
                 " another model"
             )
+
+    def _shapes(self, source: Source, layer: str, rows: int) -> dict[str, tuple[int, ...]]:
+        """Return the shapes of a layer's tensors by part, for a lora_A of so many rows; none if there is no such layer."""
+        num_experts, *matrix = self._stacks.get(layer, (1, *source.linears.get(f"{layer}.weight", ())))
+        if not matrix or rows == 0 or rows % num_experts != 0:
+            return {}
+        out_features, in_features = matrix
+        shapes: dict[str, tuple[int, ...]] = {"lora_A": (rows, in_features), "lora_B": (out_features, rows)}
+        if self.config.get("use_dora"):
+            shapes["lora_magnitude_vector"] = (out_features,)
+        return shapes
 
     @property
     def _parts(self) -> tuple[str, ...]:
@@ -108,7 +123,7 @@ class Adapter:
 
     def adapts(self, name: str) -> bool:
         """Return whether the matrix `name` ('....weight') has an update."""
-        return f"{name.removesuffix('.weight')}.lora_A" in self._tensors
+        return f"{parameter_of(name.removesuffix('.weight'))[0]}.lora_A" in self._tensors
 
     def elements(self, name: str, start: int, stop: int) -> Tensor:
         """Return some elements [stop - start] of a tensor of `whole`, as the file has them."""
@@ -121,11 +136,16 @@ class Adapter:
         """Return the update of a matrix; None if it has none."""
         if not self.adapts(name):
             return None
-        layer = name.removesuffix(".weight")
-        lora_A, lora_B, *magnitudes = (self._read(f"{layer}.{part}").to(device) for part in self._parts)
-        return Lora(lora_A, lora_B, self._scaling(layer, lora_A.shape[0]), *magnitudes)
+        matrix = name.removesuffix(".weight")
+        layer, _ = parameter_of(matrix)
+        lora_A, lora_B, *magnitudes = (self._read(f"{layer}.{part}") for part in self._parts)
+        if layer in self._stacks:
+            lora_A, lora_B = factors_of_matrix(matrix, lora_A, lora_B, self._stacks[layer][0])
+        return Lora(
+            lora_A.to(device), lora_B.to(device), self._scaling(layer, len(lora_A)), *(m.to(device) for m in magnitudes)
+        )
 
-    def _read(self, name: str) -> Tensor:
+    def _read_anew(self, name: str) -> Tensor:
         entry = self.reader.entry(self._tensors[name])
         values = self.reader.read(entry.name).view(entry.shape).float()
         require_finite(values, self.reader, entry.name)
@@ -134,8 +154,7 @@ class Adapter:
     def _scaling(self, layer: str, rank: int) -> float:
         """Return PEFT's factor; a pattern is the end of a layer's name, or a regular expression for it."""
         layer = self._prefix + layer.removeprefix("model.")
-        pairs = [(pattern, float(value)) for pattern, value in (self.config.get("alpha_pattern") or {}).items()]
-        alpha = pattern_value(pairs, layer, float(self.config["lora_alpha"]))
+        alpha = pattern_value(pattern_pairs(self.config, "alpha_pattern"), layer, float(self.config["lora_alpha"]))
         return alpha / (math.sqrt(rank) if self.config.get("use_rslora") else rank)
 
 

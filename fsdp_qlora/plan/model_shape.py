@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears, packed_layers
+from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import VOCABULARY
@@ -64,7 +65,8 @@ class ModelShape:
             compute.
         fp8_width: widest input or output of a layer that computes in fp8, of which there is a copy in fp8 meanwhile.
         largest_packed: bytes of the largest 4-bit parameter, which is one matrix, or that of all experts.
-        lora_widths: sums over the LoRA layers of a block: rank, input width, and with DoRA output width.
+        lora_widths: sums over the linear layers of a block with LoRA: rank, input width, and with DoRA output width.
+        expert_lora: elements of the LoRA matrices of a block's experts, which are copied in the compute dtype.
         itemsize: bytes of the compute dtype.
         softcapped: whether logits, and whether attention scores, are soft-capped.
         max_positions: the model's longest context.
@@ -85,6 +87,7 @@ class ModelShape:
     fp8_width: int
     largest_packed: int
     lora_widths: tuple[int, int, int]
+    expert_lora: int
     itemsize: int
     softcapped: tuple[bool, bool]
     max_positions: int
@@ -148,7 +151,8 @@ def model_shape(
     config = skeleton.config
     block = max(skeleton.blocks, key=lambda block: sum(p.numel() for p in block.parameters() if p.requires_grad))
     layouts = [layer.layout for layer in packed_layers(block)]
-    adapted = [linear.lora_A.shape for linear in lora_linears(block) if linear.lora_A is not None]
+    adapted = [(layer.rank, layer.in_features) for layer in lora_layers(block) if isinstance(layer, LoRALinear)]
+    experts = [layer for layer in lora_layers(block) if isinstance(layer, ExpertLora)]
     dora = [linear.out_features for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
     head = skeleton.vocabulary.weight
     norm = skeleton.decoder.norm
@@ -174,6 +178,7 @@ def model_shape(
         ),
         largest_packed=max((layout.padded_bytes for layout in layouts), default=0),
         lora_widths=(sum(rank for rank, _ in adapted), sum(width for _, width in adapted), sum(dora)),
+        expert_lora=sum(p.numel() for layer in experts for _, p in layer.adapter()),
         itemsize=dtype.itemsize,
         softcapped=(skeleton.logit_softcap is not None, bool(getattr(config, "attn_logit_softcapping", None))),
         max_positions=config.max_position_embeddings,

@@ -185,6 +185,7 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
         "running block": _running(shape, memory),
         "dequantised matrix": shape.largest_matrix,
         "activations in fp8": tokens * shape.fp8_width,
+        "LoRA of experts": shape.expert_lora * itemsize,
     }
     backward = {
         **running,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import Skeleton
+from fsdp_qlora.quant.expert_lora import EXPERT_PARAMETERS, ExpertLora
 from fsdp_qlora.quant.experts import PARTS, ExpertStack, QuantizedExperts
 from fsdp_qlora.quant.fp8 import ALIGNMENT, suits_fp8
 from fsdp_qlora.quant.layout import Layout
@@ -60,7 +61,7 @@ def block_experts(skeleton: Skeleton) -> list[tuple[str, nn.Module]]:
     """
     found = []
     for name, module in skeleton.model.named_modules():
-        stacks: list[Any] = [getattr(module, part, None) for part in ("gate_up_proj", "down_proj")]
+        stacks: list[Any] = [getattr(module, part, None) for part in EXPERT_PARAMETERS]
         if all(isinstance(stack, Tensor) and stack.dim() == 3 for stack in stacks):
             found.append((name, module))
     if found and len(found) != len(skeleton.blocks):
@@ -91,11 +92,15 @@ def _expert_shape(module: nn.Module) -> tuple[int, int, int]:
     return num_experts, hidden, inner
 
 
+def expert_parameters(skeleton: Skeleton) -> list[str]:
+    """Return the names of transformers' parameters that hold the matrices of all experts of a block."""
+    return [f"{name}.{part}" for name, _ in block_experts(skeleton) for part in EXPERT_PARAMETERS]
+
+
 def tensor_names(skeleton: Skeleton) -> set[str]:
     """Return the names of all tensors that a checkpoint of the model must hold."""
-    stacks = {f"{name}.{part}" for name, _ in block_experts(skeleton) for part in ("gate_up_proj", "down_proj")}
     own = set(skeleton.model.state_dict()) - ({"lm_head.weight"} if skeleton.tied else set())
-    return own - stacks | set(expert_matrices(skeleton))
+    return own - set(expert_parameters(skeleton)) | set(expert_matrices(skeleton))
 
 
 def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSettings | None, dtype: torch.dtype) -> None:
@@ -112,8 +117,10 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
     """
     quant = quant.held(dtype)
     linears = block_linears(skeleton)
-    adapted = adapted_layers([name for name, _ in linears], lora) if lora is not None else set()
-    _quantize_experts(skeleton, quant)
+    adapted = set()
+    if lora is not None:
+        adapted = adapted_layers([name for name, _ in linears], lora, expert_parameters(skeleton))
+    _quantize_experts(skeleton, quant, lora, adapted)
     layouts: dict[Layout, Layout] = {}  # one object for equal layouts, so that compiled code is shared between blocks
     for name, linear in linears:
         parent_name, _, leaf = name.rpartition(".")
@@ -144,7 +151,9 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
         )
 
 
-def _quantize_experts(skeleton: Skeleton, quant: QuantSettings) -> None:
+def _quantize_experts(
+    skeleton: Skeleton, quant: QuantSettings, lora: LoraSettings | None, adapted: Collection[str]
+) -> None:
     for name, module in block_experts(skeleton):
         num_experts, hidden, inner = _expert_shape(module)
         wide = Layout(
@@ -157,10 +166,23 @@ def _quantize_experts(skeleton: Skeleton, quant: QuantSettings) -> None:
             num_matrices=num_experts,
         )
         narrow = replace(wide, out_features=hidden, in_features=inner)
+        gate_up, down = (
+            _expert_lora(f"{name}.{part}", getattr(module, part).shape, lora, adapted) for part in EXPERT_PARAMETERS
+        )
         parent_name, _, leaf = name.rpartition(".")
         assert callable(module.act_fn)
-        experts = QuantizedExperts(name, (wide, wide, narrow), module.act_fn)
+        experts = QuantizedExperts(name, (wide, wide, narrow), module.act_fn, (gate_up, down))
         setattr(skeleton.model.get_submodule(parent_name), leaf, experts)
+
+
+def _expert_lora(
+    name: str, shape: torch.Size, lora: LoraSettings | None, adapted: Collection[str]
+) -> ExpertLora | None:
+    """Return LoRA for a parameter of this shape [experts, out, in]; None if it gets none."""
+    if lora is None or name not in adapted:
+        return None
+    num_experts, out_features, in_features = shape
+    return ExpertLora(name, num_experts, in_features, out_features, lora.rank_of(name), lora.scaling_of(name))
 
 
 def packed_layers(model: nn.Module) -> Iterator[LoRALinear | ExpertStack]:
@@ -174,4 +196,11 @@ def lora_linears(model: nn.Module) -> Iterator[LoRALinear]:
     """Yield the 4-bit layers of a model in the model's order."""
     for module in model.modules():
         if isinstance(module, LoRALinear):
+            yield module
+
+
+def lora_layers(model: nn.Module) -> Iterator[LoRALinear | ExpertLora]:
+    """Yield what has LoRA, in the model's order."""
+    for module in model.modules():
+        if isinstance(module, ExpertLora) or (isinstance(module, LoRALinear) and module.lora_A is not None):
             yield module

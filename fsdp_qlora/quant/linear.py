@@ -290,13 +290,13 @@ class LoRALinear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, {self.layout.quant_type}, rank {self.rank}"
 
 
-def initial_lora_A(rank: int, in_features: int, generator: torch.Generator, kind: str = "default") -> Tensor:
-    """Return PEFT's initial lora_A [rank, in], fp32; lora_B starts at zero.
+def initial_lora_A(shape: tuple[int, ...], rank: int, generator: torch.Generator, kind: str = "default") -> Tensor:
+    """Return PEFT's initial lora_A [rows, in], fp32; lora_B starts at zero.
 
     Args:
         kind: 'default', Kaiming-uniform with a = sqrt(5), or 'gaussian', of deviation 1 / rank.
     """
-    weight = torch.empty(rank, in_features, dtype=torch.float32)
+    weight = torch.empty(shape, dtype=torch.float32)
     if kind == "gaussian":
         return nn.init.normal_(weight, std=1 / rank, generator=generator)
     return nn.init.kaiming_uniform_(weight, a=math.sqrt(5), generator=generator)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from fsdp_qlora.errors import ModelError
 
 ALL_LINEAR = "all-linear"
+
+EXPERTS = "experts"
+"""As target_parameters: the matrices of all experts."""
 
 VOCABULARY = {"embed_tokens": "model.embed_tokens", "lm_head": "lm_head"}
 """What modules_to_save may hold, with the names in transformers' model."""
@@ -34,6 +37,8 @@ class LoraSettings:
         rank_pattern, alpha_pattern: pairs of a pattern and a value; the first pattern that matches a layer's name, or the
             end of it behind a dot, decides.
         modules_to_save: of VOCABULARY, what is trained whole beside LoRA.
+        target_parameters: parameters of experts that get LoRA: EXPERTS, or names such as mlp.experts.down_proj, or the
+            ends of names behind a dot.
         ensure_weight_tying: whether a head that is the embedding stays so when it is trained; always, but for adapters
             that PEFT trained otherwise.
     """
@@ -50,6 +55,7 @@ class LoraSettings:
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     modules_to_save: tuple[str, ...] = ()
     ensure_weight_tying: bool = True
+    target_parameters: tuple[str, ...] = ()
 
     def rank_of(self, name: str) -> int:
         """Return the rank of a layer."""
@@ -98,6 +104,13 @@ def parse_modules(text: str) -> tuple[str, ...]:
     if not names <= VOCABULARY.keys():
         raise ValueError(f"{text!r} names other modules than {', '.join(VOCABULARY)}")
     return tuple(sorted(names))
+
+
+def parse_names(text: str) -> tuple[str, ...]:
+    """Return the names that a text such as 'mlp.up_proj,q_proj' lists, sorted; ValueError for anything else."""
+    if _NAMES.fullmatch(text) is None:
+        raise ValueError(f"{text!r} is no list of names")
+    return tuple(sorted({name.strip() for name in text.split(",")}))
 
 
 def pattern_value(pairs: Sequence[tuple[str, float]], name: str, default: float) -> float:
@@ -154,13 +167,16 @@ def block_of(name: str) -> int:
     return int(name.removeprefix("model.layers.").partition(".")[0])
 
 
-def adapted_layers(names: Sequence[str], lora: LoraSettings) -> set[str]:
-    """Return which of the linear layers of the decoder blocks get LoRA.
+def adapted_layers(names: Sequence[str], lora: LoraSettings, experts: Sequence[str] = ()) -> set[str]:
+    """Return which of the linear layers of the decoder blocks, and of the parameters of experts, get LoRA.
+
+    Args:
+        experts: names of the parameters of experts, such as model.layers.0.mlp.experts.down_proj.
 
     Raises:
-        ModelError: a target, block or pattern that matches nothing.
+        ModelError: a target, block or pattern that matches nothing, or a kind of LoRA that experts cannot have.
     """
-    targets = _matching(names, lora.target_modules)
+    targets = _matching(names, lora.target_modules) | _adapted_experts(experts, lora)
     if lora.layers is not None:
         blocks = {block_of(name) for name in names}
         absent = sorted(set(lora.layers) - blocks)
@@ -179,9 +195,42 @@ def adapted_layers(names: Sequence[str], lora: LoraSettings) -> set[str]:
     return targets
 
 
-def _matching(names: Sequence[str], target_modules: str) -> set[str]:
-    if target_modules == ALL_LINEAR:
+def _adapted_experts(names: Sequence[str], lora: LoraSettings) -> set[str]:
+    """Return which parameters of experts get LoRA."""
+    if not lora.target_parameters:
+        return set()
+    refusal = refused_with_experts(lora.dropout, lora.use_dora)
+    if refusal is not None:
+        raise ModelError(refusal)
+    if not names:
+        given = ",".join(lora.target_parameters)
+        raise ModelError(f"lora_target_parameters '{given}': this model has no experts; leave it out")
+    if lora.target_parameters == (EXPERTS,):
         return set(names)
+    for target in lora.target_parameters:
+        if not any(is_target_parameter(name, [target]) for name in names):
+            available = ", ".join(dict.fromkeys(name.split(".", 3)[-1] for name in names))
+            raise ModelError(f"lora_target_parameters '{target}': this model has {available}; or use {EXPERTS}")
+    return {name for name in names if is_target_parameter(name, lora.target_parameters)}
+
+
+def is_target_parameter(name: str, targets: Iterable[str]) -> bool:
+    """Return whether one of PEFT's target_parameters means the parameter of this name."""
+    return any(name == target or name.endswith(f".{target}") for target in targets)
+
+
+def refused_with_experts(dropout: float, use_dora: bool) -> str | None:
+    """Return why LoRA on experts cannot be of this kind, in the words of the settings; None if it can."""
+    if dropout > 0:
+        return f"--lora_dropout={dropout:g}: PEFT, for which the adapter is, has no dropout of LoRA on experts; set it to 0"
+    if use_dora:
+        return "--use_dora=true: PEFT, for which the adapter is, has no DoRA of experts; leave it or the experts out"
+    return None
+
+
+def _matching(names: Sequence[str], target_modules: str) -> set[str]:
+    if target_modules in (ALL_LINEAR, ""):
+        return set(names) if target_modules else set()
     if not is_names(target_modules):
         found = {name for name in names if re.fullmatch(target_modules, name)}
         if not found:

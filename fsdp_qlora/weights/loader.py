@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor
 from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
+from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
@@ -57,7 +58,7 @@ def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str
     seen: set[int] = set()  # tied weights are one tensor
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or (isinstance(module, LoRALinear) and name.startswith("lora_")):
+            if id(parameter) in seen or (isinstance(module, LoRALinear | ExpertLora) and name.startswith("lora_")):
                 continue
             seen.add(id(parameter))
             if name != "packed":
@@ -153,7 +154,7 @@ class Loader:
             return
         local_shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
         target = self.allocate(module, name, local_shape, parameter.dtype)
-        if isinstance(module, LoRALinear) and name.startswith("lora_"):
+        if isinstance(module, LoRALinear | ExpertLora) and name.startswith("lora_"):
             self._load_lora(module, name, target)
         elif name == "weight" and self.adapter is not None and self.names[module] in self.adapter:  # trained whole
             self._load_part(self.adapter[self.names[module]], target)
@@ -212,14 +213,14 @@ class Loader:
             target.copy_(values.view(target.shape))
         require_finite(values, self.reader, name)
 
-    def _load_lora(self, module: LoRALinear, name: str, target: Tensor) -> None:
+    def _load_lora(self, module: LoRALinear | ExpertLora, name: str, target: Tensor) -> None:
         key = f"{module.name}.{name}"
         if self.adapter is not None:
             full = self.adapter[key]
         elif name == "lora_A":
             # of a seed, PyTorch's CPU generator uses 32 bits
             generator = torch.Generator().manual_seed(zlib.crc32(f"{self.seed} {key}".encode()))
-            full = initial_lora_A(module.rank, module.in_features, generator, self.init)
+            full = initial_lora_A(module.adapter_shape(name), module.rank, generator, self.init)
         else:
             target.zero_()
             return

@@ -16,12 +16,13 @@ from torch.distributed.tensor import DTensor
 
 import fsdp_qlora.trainer
 from fsdp_qlora import data
-from fsdp_qlora.adapters import PREFIX, full_tensor, gather_adapter
+from fsdp_qlora.adapters import full_tensor, gather_adapter
 from fsdp_qlora.build import build_model
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, make_mesh, process_group
 from fsdp_qlora.errors import TrainingError
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
+from fsdp_qlora.peft_format import PREFIX
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears
 from fsdp_qlora.trainer import StepResult, Trainer
 from tests.ranks import run_ranks
 from tests.tiny import memory, save_tiny
@@ -160,10 +161,9 @@ def take_steps(
 def gradients_of(trainer: Trainer) -> dict[str, np.ndarray]:
     """Return the whole gradient of every LoRA matrix; all ranks take part."""
     found = {}
-    for linear in lora_linears(trainer.root):
-        for part in ("lora_A", "lora_B"):
-            gradient = getattr(linear, part).grad
-            found[f"{linear.name}.{part}"] = full_tensor(gradient, trainer.ranks.device).numpy()
+    for layer in lora_layers(trainer.root):
+        for part, parameter in layer.adapter():
+            found[f"{layer.name}.{part}"] = full_tensor(parameter.grad, trainer.ranks.device).numpy()
     return found
 
 

@@ -12,7 +12,9 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch import Tensor
 from torch.distributed.fsdp import FSDPModule
+from transformers import AutoConfig
 
 from fsdp_qlora import data
 from fsdp_qlora.activation_checkpointing import Block
@@ -28,7 +30,7 @@ from tests.distributed.test_equivalence import LOADER, Split, assert_close, exam
 from tests.ranks import run_ranks
 from tests.tiny import memory, save_tiny
 
-LORA = LoraSettings(rank=4, alpha=8)
+LORA = LoraSettings(rank=4, alpha=8, target_parameters=("experts",))
 AUX = 0.3
 SPLITS = {
     1: [Split(4, 1), Split(1, 4, activation_checkpointing=True), Split(2, 2, "full", True, True)],
@@ -92,7 +94,7 @@ def make_trainer(folder: Path, split: Split, ranks: Any) -> Trainer:
     attention = {
         name.removesuffix(".weight"): shape for name, shape in shapes.items() if "_proj" in name and "attn" in name
     }
-    adapter = initial_adapter(attention)
+    adapter = initial_adapter(attention) | expert_adapter(folder)
     built = build_model(folder, ranks, quant, LORA, torch.float32, memory=resting, adapter=adapter)
     assert all(isinstance(block, Block) for block in built.skeleton.blocks)
     built.root.balance = balance_routers(built.skeleton.model, built.skeleton.config, AUX)
@@ -106,6 +108,22 @@ def make_trainer(folder: Path, split: Split, ranks: Any) -> Trainer:
     )
     config = TrainConfig(max_steps=NUM_STEPS, lr=1e-2, max_grad_norm=0.5)
     return Trainer(config, ranks, built, loader, {})
+
+
+def expert_adapter(folder: Path) -> dict[str, Tensor]:
+    """Return values for LoRA on the experts."""
+    config = AutoConfig.from_pretrained(folder)
+    inner = config.intermediate_size if config.model_type == "mixtral" else config.moe_intermediate_size
+    rows = LORA.rank * (getattr(config, "num_experts", None) or config.num_local_experts)
+    sizes = {"gate_up_proj": (2 * inner, config.hidden_size), "down_proj": (config.hidden_size, inner)}
+    generator = torch.Generator().manual_seed(4)
+    adapter = {}
+    for block in range(config.num_hidden_layers):
+        for parameter, (out_features, in_features) in sizes.items():
+            name = f"model.layers.{block}.mlp.experts.{parameter}"
+            adapter[f"{name}.lora_A"] = torch.randn(rows, in_features, generator=generator) * 0.1
+            adapter[f"{name}.lora_B"] = torch.randn(out_features, rows, generator=generator) * 0.1
+    return adapter
 
 
 def expected_hashes(folder: Path) -> dict[str, str]:

@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fsdp_qlora.adapters import PREFIX, full_tensor, gather_adapter
+from fsdp_qlora.adapters import full_tensor, gather_adapter
 from fsdp_qlora.distributed import process_group
+from fsdp_qlora.peft_format import PREFIX
 from fsdp_qlora.quant.adapt import LoraSettings
 from fsdp_qlora.resume import trainable
 from fsdp_qlora.trainer import Trainer

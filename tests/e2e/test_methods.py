@@ -25,12 +25,18 @@ METHODS: dict[str, dict[str, Any]] = {
         "activation_checkpointing": "full",
     },
     "some blocks": {"layers_to_transform": "1", "lora_target_modules": "q_proj,up_proj", "alpha_pattern": "q_proj=3"},
+    "experts": {"lora_target_parameters": "experts", "lora_dropout": 0, "cpu_offload": "all", "lora_rank": 3},
 }
+
+MIXTURE = "experts"
+"""The kind that is not trained on the tiny Llama."""
 
 
 @pytest.fixture(scope="module")
-def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return {**SETTINGS, **make_inputs(tmp_path_factory.mktemp("inputs")), "max_steps": 4}
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, dict[str, Any]]:
+    """Settings by the family of the model."""
+    families = {family: make_inputs(tmp_path_factory.mktemp(family), family) for family in ("llama", "qwen3_moe")}
+    return {family: {**SETTINGS, **made, "max_steps": 4} for family, made in families.items()}
 
 
 def adapter_of(run: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
@@ -44,9 +50,10 @@ def fingerprint(run: Path) -> str:
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_train_resume_and_continue(inputs: dict[str, Any], tmp_path: Path, method: str) -> None:
+def test_train_resume_and_continue(inputs: dict[str, dict[str, Any]], tmp_path: Path, method: str) -> None:
+    chosen = inputs["qwen3_moe" if method == MIXTURE else "llama"]
     whole, cut, further = (tmp_path / name for name in ("whole", "cut", "further"))
-    settings = {**inputs, **METHODS[method]}
+    settings = {**chosen, **METHODS[method]}
     assert train(2, {**settings, "output_dir": whole}) == [0, 0], whole.with_suffix(".log").read_text()
     assert train(2, {**settings, "output_dir": cut}, functools.partial(kill_after_step, 3)) == [-9, -9]
     assert train(2, {**settings, "output_dir": cut}) == [0, 0], cut.with_suffix(".log").read_text()
@@ -54,8 +61,8 @@ def test_train_resume_and_continue(inputs: dict[str, Any], tmp_path: Path, metho
     assert state(cut, 4) == state(whole, 4)
 
     rates = {"lr": 1e-12, "loraplus_lr_ratio": 1, "output_dir": further, "adapter": whole, "max_steps": 1}
-    continued = {name: value for name, value in inputs.items() if not name.startswith("lora_r")} | rates
-    continued["quant_type"] = settings.get("quant_type", "nf4")
+    continued = {name: value for name, value in chosen.items() if not name.startswith("lora_r")} | rates
+    continued |= {"quant_type": settings.get("quant_type", "nf4"), "lora_dropout": settings["lora_dropout"]}
     assert train(1, continued) == [0], further.with_suffix(".log").read_text()
     (config, matrices), (further_config, further_matrices) = adapter_of(whole), adapter_of(further)
     assert further_config == config

@@ -72,9 +72,9 @@ class Job:
         return self.log.read_text(errors="replace")
 
 
-def make_inputs(folder: Path, **sizes: int) -> dict[str, str]:
+def make_inputs(folder: Path, family: str = "llama", **sizes: int) -> dict[str, str]:
     """Save a tiny model (`sizes`: settings of its config) and a dataset; return them as settings."""
-    base = save_tiny("llama", folder / "base", **{"num_hidden_layers": 2, **sizes})
+    base = save_tiny(family, folder / "base", **{"num_hidden_layers": 2, **sizes})
     save_tokenizer(base)
     data = folder / "rows.jsonl"
     data.write_text("".join(json.dumps(row) + "\n" for row in rows()))

@@ -30,10 +30,11 @@ from fsdp_qlora.models.hub import resolve
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears, packed_layers
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears, packed_layers
 from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.experts import ExpertStack
-from fsdp_qlora.quant.lora import ALL_LINEAR, is_names
+from fsdp_qlora.quant.lora import ALL_LINEAR, EXPERTS, is_names
 from tests.batches import make_trainer, unpacked_loader
 
 LORA = LoraSettings(rank=8, alpha=16.0)
@@ -97,9 +98,9 @@ def load_ours(
     memory = MemorySettings(checkpoint_blocks=num_blocks if recompute else 0)
     built = build_model(folder, ranks, quant, lora, dtype, memory=memory)
     generator = torch.Generator().manual_seed(1)
-    for linear in lora_linears(built.root):
-        if linear.lora_B is not None and not zero_lora_B:
-            value = local(linear.lora_B)
+    for layer in lora_layers(built.root):
+        if not zero_lora_B:
+            value = local(layer.lora_B)
             value.copy_(torch.randn(value.shape, generator=generator) * 0.05)
     for _, module in trained_vocabularies(built.root.model):
         rows = local(module.weight)
@@ -130,11 +131,17 @@ def load_pair(
 def peft_config(lora: LoraSettings, tied: bool = False) -> LoraConfig:
     """Return the same settings for PEFT, for a base whose head is its embedding or is not."""
     whole = lora.target_modules == ALL_LINEAR or not is_names(lora.target_modules)
+    experts = lora.target_parameters
+    if experts == (EXPERTS,):
+        experts = ("mlp.experts.gate_up_proj", "mlp.experts.down_proj")
+    if lora.layers is not None:  # PEFT's layers_to_transform is for modules only
+        experts = tuple(f"model.layers.{block}.{name}" for block in lora.layers for name in experts)
     return LoraConfig(
         r=lora.rank,
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=lora.target_modules if whole else lora.target_modules.split(","),
+        target_parameters=list(experts) or None,
         layers_to_transform=None if lora.layers is None else list(lora.layers),
         rank_pattern={pattern: int(rank) for pattern, rank in lora.rank_pattern},
         alpha_pattern=dict(lora.alpha_pattern),
@@ -153,9 +160,15 @@ def peft_name(layer: str, part: str) -> str:
 
 def trained_by_pefts_names(built: BuiltModel) -> Iterator[tuple[str, nn.Parameter]]:
     """Yield all that is trained, with PEFT's names in memory."""
-    for linear in lora_linears(built.root):
-        for part, parameter in linear.adapter():
-            yield peft_name(linear.name, part), parameter
+    layers = {layer.name: layer for layer in lora_layers(built.root)}
+    for name, layer in layers.items():
+        wrapper = name
+        if isinstance(layer, ExpertLora):  # PEFT wraps the module, once more for the second parameter
+            experts, _, parameter_name = name.rpartition(".")
+            is_inner = parameter_name == "gate_up_proj" and f"{experts}.down_proj" in layers
+            wrapper = f"{experts}.base_layer" if is_inner else experts
+        for part, parameter in layer.adapter():
+            yield peft_name(wrapper, part), parameter
     for name, module in trained_vocabularies(built.root.model):
         yield peft_name(name, "modules_to_save"), module.weight
 

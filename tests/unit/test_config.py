@@ -95,6 +95,7 @@ def test_value_takes_its_settings_type(name: str, raw: object, value: object) ->
         ("rank_pattern", "q_proj=2.5", "with ranks of at least 1"),
         ("rank_pattern", "q_proj", "pattern=rank pairs"),
         ("alpha_pattern", "q_proj=0", "with values above 0"),
+        ("lora_target_parameters", "mlp.experts.(gate_up|down)_proj", "or names of parameters separated by commas"),
         ("modules_to_save", "embed_tokens,norm", "embed_tokens, lm_head, or both"),
         ("loraplus_lr_ratio", "0", "above 0"),
         ("context_length", "7", "at least 8"),
@@ -136,6 +137,11 @@ def test_long_output_dir_of_short_parts_is_fine() -> None:
     [
         ({"sharding": "none", "cpu_offload": "all"}, "use --sharding=full"),
         ({"loading": "broadcast"}, "use --loading=read"),
+        (
+            {"lora_target_parameters": "experts", "lora_dropout": "0.1"},
+            "has no dropout of LoRA on experts; set it to 0",
+        ),
+        ({"lora_target_parameters": "experts", "use_dora": "true"}, "has no DoRA of experts"),
         ({"eval_steps": "5", "eval_split": "0"}, "give --eval_dataset or an --eval_split above 0"),
         ({"adapter": "runs/a", "lora_rank": "8", "use_rslora": "True"}, "the adapter's own config decides"),
         ({"compute_dtype": "fp8", "precision": "fp32"}, "use --precision=bf16"),

@@ -77,6 +77,7 @@ def test_trained_vocabulary_is_counted(llama_folders: dict[str, Path]) -> None:
         ("qwen3", 2, {"modules_to_save": ("embed_tokens",)}, "nf4"),
         ("qwen3_moe", 1, {}, "nf4"),
         ("qwen3_moe", 2, {"use_dora": True}, "fp4"),
+        ("qwen3_moe", 2, {"target_parameters": ("experts",)}, "nf4"),
     ],
 )
 def test_shape_counts_what_a_loaded_rank_holds(

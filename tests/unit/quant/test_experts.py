@@ -17,6 +17,7 @@ from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import build_skeleton
 from fsdp_qlora.quant import experts as experts_module
 from fsdp_qlora.quant.adapt import QuantSettings, quantize_and_adapt
+from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.experts import PARTS, QuantizedExperts
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
@@ -26,13 +27,27 @@ EXPERTS, HIDDEN, INNER, TOKENS, CHOICES = 5, 48, 72, 9, 2
 IDLE = 3
 """An expert that no token is sent to."""
 
+SCALINGS = 1.5, 0.7
 
-def make_experts() -> tuple[QuantizedExperts, dict[str, Tensor]]:
-    """Return experts with random values on the CPU, and their matrices as quantised, float64 [experts, out, in]."""
+
+def make_experts(rank: int = 0) -> tuple[QuantizedExperts, dict[str, Tensor]]:
+    """Return experts with random values on the CPU, and their matrices as quantised, float64 [experts, out, in].
+
+    Args:
+        rank: of the LoRA on all of them; 0: none.
+    """
     generator = torch.Generator().manual_seed(0)
     wide = Layout(INNER, HIDDEN, num_matrices=EXPERTS)
     narrow = replace(wide, out_features=HIDDEN, in_features=INNER)
-    experts = QuantizedExperts("experts", (wide, wide, narrow), F.silu).to_empty(device="cpu")
+    pairs = (
+        ExpertLora("experts.gate_up_proj", EXPERTS, HIDDEN, 2 * INNER, rank, SCALINGS[0]),
+        ExpertLora("experts.down_proj", EXPERTS, INNER, HIDDEN, rank, SCALINGS[1]),
+    )
+    experts = QuantizedExperts("experts", (wide, wide, narrow), F.silu, pairs if rank else (None, None))
+    experts.to_empty(device="cpu")
+    for name, parameter in experts.named_parameters():
+        if "lora" in name:
+            parameter.data.normal_(std=0.3, generator=generator)
     matrices = {}
     for part, layout in zip(PARTS, experts.layouts, strict=True):
         shape = (layout.out_features, layout.in_features)
@@ -52,10 +67,31 @@ def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
     return torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_(), index, weights.requires_grad_()
 
 
-def test_equals_plain_pytorch() -> None:
-    experts, matrices = make_experts()
+def lora_products(experts: QuantizedExperts) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """Return lora_A and lora_B in float64, of gate and up and of down, and s B A [experts, out, in] by PEFT's formula."""
+    found = []
+    for lora in (experts.gate_up_lora, experts.down_lora):
+        assert lora is not None
+        lora_A, lora_B = (part.detach().double().requires_grad_() for part in (lora.lora_A, lora.lora_B))
+        A_ERI, B_ORE = lora_A.reshape(EXPERTS, -1, lora_A.shape[1]), lora_B.reshape(lora_B.shape[0], -1, EXPERTS)
+        found.append((lora_A, lora_B, torch.einsum("ore,eri->eoi", B_ORE, A_ERI) * lora.scaling))
+    return found
+
+
+@pytest.mark.parametrize("rank", [0, 3, 8])
+def test_equals_plain_pytorch(rank: int) -> None:
+    """Rank 8 has rows as PyTorch's grouped product wants them, rank 3 has not."""
+    experts, matrices = make_experts(rank)
     x, index, weights = make_inputs()
     x64, weights64 = x.detach().double().requires_grad_(), weights.detach().double().requires_grad_()
+    ours, plain = [x, weights], [x64, weights64]
+    if rank:
+        gate_up, down = lora_products(experts)
+        gate, up = gate_up[2].chunk(2, dim=1)
+        updates = (gate, up, down[2])
+        matrices = {part: matrices[part] + update for part, update in zip(PARTS, updates, strict=True)}
+        ours += [parameter for parameter in experts.parameters() if parameter.requires_grad]
+        plain += [*gate_up[:2], *down[:2]]
     expected = torch.zeros(TOKENS, HIDDEN, dtype=torch.float64)
     for token in range(TOKENS):
         for choice, expert in enumerate(index[token].tolist()):
@@ -63,12 +99,27 @@ def test_equals_plain_pytorch() -> None:
             y = down @ (F.silu(gate @ x64[token]) * (up @ x64[token]))
             expected[token] += weights64[token, choice] * y
     found = experts(x, index, weights)
-    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=1e-4)
     direction = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
-    grads = torch.autograd.grad((found * direction).sum(), (x, weights))
-    expected_grads = torch.autograd.grad((expected * direction.double()).sum(), (x64, weights64))
+    grads = torch.autograd.grad((found * direction).sum(), ours)
+    expected_grads = torch.autograd.grad((expected * direction.double()).sum(), plain)
     for grad, expected_grad in zip(grads, expected_grads, strict=True):
-        torch.testing.assert_close(grad.double(), expected_grad, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(
+            grad.double(), expected_grad, rtol=1e-5, atol=1e-5 * expected_grad.abs().max().item()
+        )
+
+
+@pytest.mark.parametrize("rank", [3, 8])
+def test_an_idle_experts_lora_gets_no_gradient(rank: int) -> None:
+    experts, _ = make_experts(rank)
+    experts(*make_inputs()).sum().backward()
+    for lora in (experts.gate_up_lora, experts.down_lora):
+        assert lora is not None
+        assert lora.lora_A.grad is not None
+        assert lora.lora_B.grad is not None
+        used_A = lora.lora_A.grad.view(EXPERTS, -1).any(1)
+        used_B = lora.lora_B.grad.view(-1, EXPERTS).any(0)
+        assert used_A.tolist() == used_B.tolist() == [expert != IDLE for expert in range(EXPERTS)]
 
 
 def test_bytes_are_bitsandbytes_of_each_matrix() -> None:
@@ -98,7 +149,7 @@ def test_one_matrix_at_a_time_and_only_of_experts_that_are_hit(monkeypatch: pyte
         return matrix
 
     monkeypatch.setattr(experts_module, "dequantize", watched)
-    experts, _ = make_experts()
+    experts, _ = make_experts(rank=4)
     x, index, weights = make_inputs()
     hit = len(index.unique())
     assert hit == EXPERTS - 1
@@ -123,18 +174,21 @@ def test_saves_activations_of_the_choices_and_no_matrix() -> None:
         experts(*make_inputs())
     shapes = sorted(tuple(tensor.shape) for tensor in saved if tensor.data_ptr() not in own)
     number = TOKENS * CHOICES
-    assert shapes == [(TOKENS, HIDDEN), (number,), (number, INNER), (number, INNER)]
+    assert shapes == [(TOKENS, HIDDEN), (number,), (number, 2 * INNER)]
 
 
-def test_gradients_without_the_last_product() -> None:
-    experts, _ = make_experts()
+@pytest.mark.parametrize("rank", [0, 4])
+def test_gradients_without_the_last_product(rank: int) -> None:
+    experts, _ = make_experts(rank)
     inputs = make_inputs()
     direction = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(2))
     grads = []
     for experts.skip_product in (False, True):
         x, index, weights = (tensor.detach().clone() for tensor in inputs)
         experts(x.requires_grad_(), index, weights.requires_grad_()).backward(direction)
-        grads.append((x.grad, weights.grad))
+        trained = [parameter for parameter in experts.parameters() if parameter.requires_grad]
+        grads.append([x.grad, weights.grad, *(parameter.grad for parameter in trained)])
+        experts.zero_grad()
     for complete, short in zip(*grads, strict=True):
         assert complete.equal(short)
 

@@ -321,7 +321,7 @@ def test_initial_lora_A_is_pefts() -> None:
     adapted = peft.LoraConfig(r=64, lora_alpha=16, target_modules=["0"])
     model = peft.get_peft_model(torch.nn.Sequential(base), adapted)
     theirs = model.base_model.model[0].lora_A["default"].weight
-    ours = initial_lora_A(64, IN, torch.Generator().manual_seed(0))
+    ours = initial_lora_A((64, IN), 64, torch.Generator().manual_seed(0))
     bound = 1 / math.sqrt(IN)
     assert ours.shape == theirs.shape
     for values in (ours, theirs):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 
@@ -53,6 +54,47 @@ def test_layers_that_get_lora(targets: str, layers: tuple[int, ...] | None, expe
 def test_what_matches_nothing_is_an_error(lora: LoraSettings, message: str) -> None:
     with pytest.raises(ModelError) as caught:
         adapted_layers(NAMES, lora)
+    assert message in str(caught.value)
+
+
+EXPERTS = [
+    f"model.layers.{block}.mlp.experts.{parameter}"
+    for block in range(12)
+    for parameter in ("gate_up_proj", "down_proj")
+]
+
+
+@pytest.mark.parametrize(
+    ("targets", "layers", "expected"),
+    [
+        ((), None, []),
+        (("experts",), None, EXPERTS),
+        (("experts",), (3,), EXPERTS[6:8]),
+        (("mlp.experts.down_proj",), None, EXPERTS[1::2]),
+        (("down_proj", "model.layers.1.mlp.experts.gate_up_proj"), (1, 2), EXPERTS[2:4] + EXPERTS[5:6]),
+    ],
+)
+def test_experts_that_get_lora(targets: tuple[str, ...], layers: tuple[int, ...] | None, expected: list[str]) -> None:
+    lora = LoraSettings(4, 8, target_modules="q_proj", layers=layers, target_parameters=targets)
+    assert {name for name in adapted_layers(NAMES, lora, EXPERTS) if "experts" in name} == set(expected)
+
+
+@pytest.mark.parametrize(
+    ("settings", "experts", "message"),
+    [
+        ({"target_parameters": ("experts",)}, [], "'experts': this model has no experts; leave it out"),
+        (
+            {"target_parameters": ("experts.proj",)},
+            EXPERTS,
+            "'experts.proj': this model has mlp.experts.gate_up_proj, mlp",
+        ),
+        ({"target_parameters": ("experts",), "dropout": 0.1}, EXPERTS, "--lora_dropout=0.1: PEFT"),
+        ({"target_parameters": ("experts",), "use_dora": True}, EXPERTS, "--use_dora=true: PEFT"),
+    ],
+)
+def test_lora_that_experts_cannot_have_is_an_error(settings: dict[str, Any], experts: list[str], message: str) -> None:
+    with pytest.raises(ModelError) as caught:
+        adapted_layers(NAMES, LoraSettings(4, 8, **settings), experts)
     assert message in str(caught.value)
 
 
