@@ -43,6 +43,7 @@ adapter, goes on from one (`--adapter`), resumes, and is merged by `fsdp-qlora m
 | adapt some layers only | `--lora_target_modules q_proj,v_proj`, or a regular expression for whole names |
 | adapt some blocks only | `--layers_to_transform 0-15` |
 | give layers other ranks or alphas | `--rank_pattern q_proj=8,down_proj=32`, `--alpha_pattern ...` |
+| adapt the experts of a mixture of experts too | `--lora_target_parameters experts`, see [moe.md](moe.md) |
 | train the embedding, the head or both whole | `--modules_to_save embed_tokens,lm_head`, see below |
 | go on from an adapter, ours or PEFT's | `--adapter runs/first` (its config decides rank, alpha and targets) |
 | not quantise the base, but shard and offload it all the same | `--quant_type none` |
@@ -215,7 +216,7 @@ def page(rows: list[str], full: list[str]) -> str:
         "## Compared with PEFT",
         "",
         f"Written by `{COMMAND}` (CPU, float32, {versions}):",
-        f"a tiny random Llama in NF4 with double quantisation, one step on 2 x {TOKENS} tokens, the same matrices here and",
+        f"a tiny random Llama (or mixture of experts) in NF4 with double quantisation, one step on 2 x {TOKENS} tokens, the same matrices here and",
         "in PEFT. Largest difference divided by the largest magnitude: of the loss, of the gradients (the worst matrix is",
         "shown), of the logits PEFT computes from the adapter saved here, and of those computed here from the adapter PEFT",
         "saves. The last column is what the adapter itself changes. `tests/parity/test_methods.py` asserts these, LoRA+'s",
