@@ -43,7 +43,7 @@ METHODS = {
     "LoRA, embedding and head, tied": LoraSettings(8, 16.0, modules_to_save=("embed_tokens",)),
     "LoRA on experts (Qwen3-MoE)": LoraSettings(8, 16.0, target_parameters=("experts",)),
     "LoRA on experts (Mixtral)": LoraSettings(3, 16.0, target_parameters=("experts",)),
-    "rsLoRA on down projections of some experts, rank and alpha of their own": LoraSettings(
+    "rsLoRA on down projections of some experts (Mixtral), rank and alpha of their own": LoraSettings(
         8,
         16.0,
         use_rslora=True,
@@ -52,7 +52,7 @@ METHODS = {
         rank_pattern=(("experts.down_proj", 4),),
         alpha_pattern=((".*experts.*", 24.0),),
     ),
-    "LoRA on gates of experts, embedding and head": LoraSettings(
+    "LoRA on gates of experts (Qwen3-MoE), embedding and head": LoraSettings(
         8, 16.0, target_parameters=("mlp.experts.gate_up_proj",), modules_to_save=("embed_tokens", "lm_head")
     ),
 }
@@ -61,8 +61,8 @@ FAMILIES = {
     "LoRA, embedding and head, tied": "llama3",
     "LoRA on experts (Qwen3-MoE)": "qwen3_moe",
     "LoRA on experts (Mixtral)": "mixtral",
-    "rsLoRA on down projections of some experts, rank and alpha of their own": "mixtral",
-    "LoRA on gates of experts, embedding and head": "qwen3_moe",
+    "rsLoRA on down projections of some experts (Mixtral), rank and alpha of their own": "mixtral",
+    "LoRA on gates of experts (Qwen3-MoE), embedding and head": "qwen3_moe",
 }
 """The tiny model of those kinds that are not measured on a Llama with an embedding and a head of its own."""
 
