@@ -1,7 +1,7 @@
 """Products of the tokens of each expert with that expert's own matrix, for several experts at once.
 
 The tokens are sorted by expert: those of the first expert come first. PyTorch's grouped kernel makes one launch of all
-the products; it wants rows of whole 16 bytes, so that other sizes (a rank of 4 in 16 bits) take one product an expert.
+the products; on GPUs it is for bf16, and it wants rows of whole 16 bytes. Others take one product for each expert.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def grouped_product(x_NI: Tensor, weight_EOI: Tensor, group: Group) -> Tensor:
     Args:
         weight_EOI: the matrices of the group's experts.
     """
-    if _is_aligned(x_NI) and _is_aligned(weight_EOI):
+    if _fits_kernel(x_NI) and _fits_kernel(weight_EOI):
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=group.ends)
     y_NO = x_NI.new_empty(x_NI.shape[0], weight_EOI.shape[1])
     for expert, run in group.hit():
@@ -62,13 +62,20 @@ def grouped_product(x_NI: Tensor, weight_EOI: Tensor, group: Group) -> Tensor:
 
 def grouped_outer(left_NO: Tensor, right_NI: Tensor, group: Group) -> Tensor:
     """Return left^T right [experts, out, in] over the tokens of each expert; zeros for one that has none."""
-    if _is_aligned(left_NO) and _is_aligned(right_NI):
-        return F.grouped_mm(left_NO.t(), right_NI, offs=group.ends)
+    if _fits_kernel(left_NO) and _fits_kernel(right_NI):
+        total_EOI = F.grouped_mm(left_NO.t(), right_NI, offs=group.ends)
+        # nothing says that the kernel writes a product over no tokens
+        is_idle = group.ends.diff(prepend=group.ends.new_zeros(1)) == 0
+        return total_EOI.masked_fill_(is_idle[:, None, None], 0)
     total_EOI = left_NO.new_zeros(len(group.counts), left_NO.shape[1], right_NI.shape[1])
     for expert, run in group.hit():
         torch.mm(left_NO[run].t(), right_NI[run], out=total_EOI[expert - group.first])
     return total_EOI
 
 
-def _is_aligned(tensor: Tensor) -> bool:
+def _fits_kernel(tensor: Tensor) -> bool:
+    if tensor.is_cuda and not (
+        tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+    ):
+        return False
     return all(stride == 1 or stride * tensor.itemsize % 16 == 0 for stride in tensor.stride())
