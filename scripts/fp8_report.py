@@ -208,6 +208,7 @@ default because it changes the results: see the tables.
   can is refused, and so are `--quant_type none` and `--train_type full`. Dropout and DoRA work; DoRA's lengths of rows are
   of the bf16 matrix.
 - `evaluate` and `generate` compute in bf16: the adapter is an ordinary one. The `eval_loss` that `train` shows is in fp8.
+- What it gains on an H100: [cuda.md](cuda.md#speed-on-one-gpu). Small models suffer most, as the first table shows.
 """
 
 
