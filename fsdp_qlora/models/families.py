@@ -77,6 +77,7 @@ FAMILIES: dict[str, Family] = {
     "exaone4": Family("EXAONE 4", last_linear=None),
     "ernie4_5": Family("ERNIE 4.5 (dense)"),
     "qwen3_moe": Family("Qwen3 mixture of experts", last_linear="mlp.experts"),
+    "qwen2_moe": Family("Qwen1.5 and Qwen2 mixture of experts, with a shared expert", last_linear="mlp.experts"),
     "mixtral": Family(
         "Mixtral",
         renamed=(

@@ -234,7 +234,10 @@ def _widths(skeleton: Skeleton) -> Widths:
     norm = sum(norms) - sum(per_head) + (query + key_value if per_head else 0)
     # of experts, those of one token together: a little more than they take, as each works for itself
     inner = [layer.layout for layer in packed_layers(skeleton.blocks[0]) if isinstance(layer, ExpertStack)]
-    intermediate = _experts_per_token(skeleton) * inner[0].out_features if inner else config.intermediate_size
+    intermediate = config.intermediate_size
+    if inner:
+        shared = getattr(config, "shared_expert_intermediate_size", 0)
+        intermediate = _experts_per_token(skeleton) * inner[0].out_features + shared
     return Widths(norm, config.hidden_size, query, key_value, intermediate)
 
 

@@ -40,8 +40,6 @@ from tests.batches import make_trainer, unpacked_loader
 LORA = LoraSettings(rank=8, alpha=16.0)
 NF4 = QuantSettings()
 SMOLLM2_LR = 2e-4
-ATTENTION_LAYERS = "q_proj,k_proj,v_proj,o_proj"
-"""All linear layers of a mixture of experts; PEFT's own all-linear takes experts and router too."""
 
 
 @dataclass
@@ -119,7 +117,10 @@ def load_pair(
     """Load a checkpoint both ways, with the same LoRA matrices."""
     ours = load_ours(folder, ranks, quant, lora, dtype, zero_lora_B)
     if any(isinstance(layer, ExpertStack) for layer in packed_layers(ours.root)) and lora.target_modules == ALL_LINEAR:
-        lora = replace(lora, target_modules=ATTENTION_LAYERS)
+        # PEFT's own all-linear takes experts and router too
+        lora = replace(
+            lora, target_modules=",".join({layer.name.rpartition(".")[2] for layer in lora_linears(ours.root)})
+        )
     # in train mode for good: in eval mode bitsandbytes repacks the weights of some CPUs and computes in bf16
     peft = get_peft_model(load_base(folder, quant, dtype), peft_config(lora, ours.skeleton.tied)).train()
     named = dict(peft.named_parameters())

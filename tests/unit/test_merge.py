@@ -287,6 +287,7 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
     [
         ("mixtral", {}),
         ("qwen3_moe", {}),
+        ("qwen2_moe", {"target_modules": ["q_proj", "down_proj", "shared_expert_gate"], "target_parameters": BOTH}),
         ("mixtral", {"target_parameters": BOTH, "use_rslora": True}),
         ("qwen3_moe", {"target_parameters": BOTH, "rank_pattern": {"mlp.experts.down_proj": 3}}),
         ("qwen3_moe", {"target_parameters": BOTH[:1], "alpha_pattern": {"experts.gate_up_proj": 9}}),
@@ -295,7 +296,7 @@ BOTH = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]
 def test_mixtures_of_experts(tmp_path: Path, family: str, settings: dict[str, Any]) -> None:
     """Experts without an update get the values that training computed with."""
     base = save_base(family, tmp_path / "base")
-    adapter = save_adapter(base, tmp_path / "adapter", target_modules=["q_proj", "v_proj"], **settings)
+    adapter = save_adapter(base, tmp_path / "adapter", **{"target_modules": ["q_proj", "v_proj"], **settings})
     record = merge(adapter, tmp_path / "out", output="fp32")
     written = record["logit_errors"]["dequantized (written)"]
     reference = PeftModel.from_pretrained(load_base(base, NF4, torch.float32), adapter).train()

@@ -143,7 +143,10 @@ def test_every_family_can_be_planned_from_its_config(family: str, tmp_path: Path
     AutoConfig.for_model(settings.pop("model_type", family), **settings).save_pretrained(tmp_path)
     shape = model_shape(tmp_path, QuantSettings(), LoraSettings(4, 16.0), torch.bfloat16)
     widths = shape.widths
-    assert (widths.hidden, widths.intermediate) == (64, {"qwen3_moe": 2 * 40, "mixtral": 2 * 104}.get(family, 104))
+    assert (widths.hidden, widths.intermediate) == (
+        64,
+        {"qwen3_moe": 2 * 40, "mixtral": 2 * 104, "qwen2_moe": 2 * 40 + 72}.get(family, 104),
+    )
     query_key = widths.query + widths.key_value if family in QUERY_KEY_NORMS else 0
     assert widths.norm == NUM_NORMS.get(family, 2) * 64 + query_key
     assert shape.softcapped == ((True, True) if family == "gemma2" else (False, False))
