@@ -134,29 +134,13 @@ def build_model(
         CheckpointError: the adapter does not fit the model.
     """
     with agree_on_errors(ranks, "checking the model"):
-        skeleton = build_skeleton(folder, dtype, attention)
-        reader = Reader(model_names(read_index(folder), skeleton.family))
-        check_complete(reader.tensors, tensor_names(skeleton), skeleton.tied)
-        layers = [name for name, _ in block_linears(skeleton)]
-        modules = {name: skeleton.model.get_submodule(name) for name in whole_modules(lora, skeleton.tied)}
-        whole = {name: tuple(module.weight.shape) for name, module in modules.items()}
-        if adapter is not None and skeleton.tied:  # PEFT stores the one matrix a second time
-            adapter = {name: value for name, value in adapter.items() if name != VOCABULARY["lm_head"]}
-        if adapter is not None:
-            check_layers(adapter, [*layers, *expert_parameters(skeleton)])
-        quant = detect_quantization(reader, [name + ".weight" for name in layers], quant)
-        quant = quant.held(torch.float32 if full else dtype)
-        parallelized = parallelize(
-            skeleton,
-            ranks,
-            quant,
-            lora,
-            dtype,
-            memory or MemorySettings(),
-            compiled=compiled,
-            shard=shard,
-            full=full,
-        )
+        skeleton, reader = _open(folder, dtype, attention)
+        whole = _whole_shapes(skeleton, lora)
+        adapter = None if adapter is None else _of_model(adapter, skeleton)
+        quant = detect_quantization(reader, [name + ".weight" for name, _ in block_linears(skeleton)], quant)
+        quant, memory = quant.held(torch.float32 if full else dtype), memory or MemorySettings()
+        kinds = {"compiled": compiled, "shard": shard, "full": full}
+        parallelized = parallelize(skeleton, ranks, quant, lora, dtype, memory, **kinds)
         if reads_base(ranks, broadcast):
             check_tensors(reader, parallelized.root, parallelized.names)
         if adapter is not None:
@@ -164,17 +148,42 @@ def build_model(
     with agree_on_errors(ranks, "reserving CPU memory"):
         allocate = allocator(ranks.device, parallelized.offloaded)
     with reader:
-        init = lora.init if lora is not None else "default"
-        loader = Loader(reader, ranks, parallelized.names, allocate, seed, adapter, init, broadcast)
-        report = loader.load(parallelized.units, progress)
+        shared = reader, ranks, parallelized.names, allocate, seed, adapter
+        report = Loader(*shared, lora.init if lora else "default", broadcast).load(parallelized.units, progress)
     if adapter is None and lora is not None and lora.use_dora:
         _begin_magnitudes(skeleton, ranks, dtype)
     if quant.fp8:
         _begin_fp8(skeleton)
+    _move_buffers(skeleton, ranks.device)
+    return BuiltModel(parallelized.root, skeleton, report, quant)
+
+
+def _open(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Skeleton, Reader]:
+    """Return the model on the meta device, and its checkpoint, in which nothing is missing."""
+    skeleton = build_skeleton(folder, dtype, attention)
+    reader = Reader(model_names(read_index(folder), skeleton.family))
+    check_complete(reader.tensors, tensor_names(skeleton), skeleton.tied)
+    return skeleton, reader
+
+
+def _whole_shapes(skeleton: Skeleton, lora: LoraSettings | None) -> dict[str, tuple[int, ...]]:
+    """Return the shapes of the modules_to_save by their names, before they are sharded."""
+    modules = {name: skeleton.model.get_submodule(name) for name in whole_modules(lora, skeleton.tied)}
+    return {name: tuple(module.weight.shape) for name, module in modules.items()}
+
+
+def _of_model(adapter: Mapping[str, Tensor], skeleton: Skeleton) -> Mapping[str, Tensor]:
+    """Return an adapter's matrices, all of which must be of layers of the model."""
+    if skeleton.tied:  # PEFT stores the one matrix a second time
+        adapter = {name: value for name, value in adapter.items() if name != VOCABULARY["lm_head"]}
+    check_layers(adapter, [*(name for name, _ in block_linears(skeleton)), *expert_parameters(skeleton)])
+    return adapter
+
+
+def _move_buffers(skeleton: Skeleton, device: torch.device) -> None:
     for module in skeleton.model.modules():
         for name, buffer in module.named_buffers(recurse=False):
-            setattr(module, name, buffer.to(ranks.device))
-    return BuiltModel(parallelized.root, skeleton, report, quant)
+            setattr(module, name, buffer.to(device))
 
 
 @contextlib.contextmanager

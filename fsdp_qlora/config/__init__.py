@@ -24,8 +24,6 @@ from fsdp_qlora.config.export import PushConfig as PushConfig
 from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.config.export import is_size
 from fsdp_qlora.config.lora import (
-    FP8_CHECK,
-    FULL_CHECK,
     METHOD_CHECKS,
     METHOD_RULES,
     SHAPE_CHECKS,
@@ -379,8 +377,6 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     InitializeConfig: SHAPE_CHECKS,
     TrainConfig: (
         *METHOD_CHECKS,
-        FULL_CHECK,
-        FP8_CHECK,
         Check(("dataset", "dataset_weights"), _weights_of_datasets),
         Check(("sharding", "loading"), _broadcast_without_copies),
         Check(("sharding", "cpu_offload"), _offload_without_shards),
@@ -392,8 +388,6 @@ CHECKS: dict[type, tuple[Check, ...]] = {
     ),
     PlanConfig: (
         *TRAINED_CHECKS,
-        FULL_CHECK,
-        FP8_CHECK,
         Check(("sharding", "cpu_offload"), _offload_without_shards),
         Check(("activation_offload", "activation_checkpointing"), _offload_of_nothing),
         Check(("gpu_memory", "gpus"), _sizes_of_gpus),

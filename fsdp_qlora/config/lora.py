@@ -276,11 +276,6 @@ def _fp8_of_no_bf16(config: Any) -> str | None:
     return None
 
 
-FP8_CHECK = Check(("compute_dtype", "precision"), _fp8_of_no_bf16)
-
-FULL_CHECK = Check(("train_type", "quant_type"), _full_beside_lora)
-
-
 def _kind_of_experts(config: TrainedSettings) -> str | None:
     if config.lora_target_parameters is None:
         return None
@@ -292,6 +287,8 @@ SHAPE_CHECKS: tuple[Check, ...] = (Check(("layers_to_transform", "lora_target_mo
 
 TRAINED_CHECKS: tuple[Check, ...] = (
     Check(("lora_target_parameters", "lora_dropout", "use_dora"), _kind_of_experts),
+    Check(("train_type", "quant_type"), _full_beside_lora),
+    Check(("compute_dtype", "precision"), _fp8_of_no_bf16),
     *SHAPE_CHECKS,
 )
 

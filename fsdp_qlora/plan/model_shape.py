@@ -136,15 +136,7 @@ def model_shape(
         ModelError: unsupported model, a LoRA target that matches nothing, modules_to_save that cannot be trained, or a model
             that cannot be trained whole.
     """
-    stored = getattr(read_config(folder)[0], "quantization_config", None)
-    if isinstance(stored, dict):
-        if lora is None:
-            raise ModelError(
-                f"train_type full: the weights of {folder.name} are quantised, and cannot be trained themselves; use the"
-                " model in 16 or 32 bits, or --train_type lora"
-            )
-        own = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
-        quant = replace(quant, quant_type=own[0], double_quant=own[1])
+    quant = _own_form(folder, quant, lora)
     skeleton = build_skeleton(folder, dtype)
     whole = prepare(skeleton, quant, lora, dtype, full=lora is None)
     embedding_is_trained, head_is_trained = (VOCABULARY[name] in whole for name in ("embed_tokens", "lm_head"))
@@ -185,6 +177,20 @@ def model_shape(
         trained=(embedding_is_trained, embedding_is_trained if skeleton.tied else head_is_trained),
         full=lora is None,
     )
+
+
+def _own_form(folder: Path, quant: QuantSettings, lora: LoraSettings | None) -> QuantSettings:
+    """Return the form of the base: that of the checkpoint if it is quantised."""
+    stored = getattr(read_config(folder)[0], "quantization_config", None)
+    if not isinstance(stored, dict):
+        return quant
+    if lora is None:
+        raise ModelError(
+            f"train_type full: the weights of {folder.name} are quantised, and cannot be trained themselves; use the"
+            " model in 16 or 32 bits, or --train_type lora"
+        )
+    own = stored.get("bnb_4bit_quant_type", "fp4"), bool(stored.get("bnb_4bit_use_double_quant", False))
+    return replace(quant, quant_type=own[0], double_quant=own[1])
 
 
 def _dequantised_bytes(layer: LoRALinear | ExpertStack, dtype: torch.dtype) -> int:
