@@ -105,7 +105,7 @@ def clip_gradients(root: nn.Module, max_norm: float) -> float:
 
 
 def _norm_of_shards(norm: Tensor, gradients: list[Tensor]) -> Tensor:
-    """Return the norm over all shards from that of this rank's; equally sharded copies of them are no shards."""
+    """Return the norm over all shards from that of this rank's; replicas, which have the same gradients, do not count."""
     if not (gradients and isinstance(gradients[0], DTensor)):
         return norm
     mesh = gradients[0].device_mesh

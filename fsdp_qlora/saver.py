@@ -138,9 +138,8 @@ class Saver:
         """Check the space and make the folder."""
         parameters = sum(parameter.numel() for _, parameter in trainable(self.root))
         needed = parameters * BYTES_PER_PARAMETER + (1 << 20)
-        if (
-            self.root.tied and self.adapter_config is not None
-        ):  # adapters.adapter_matrices: a trained matrix is stored for embedding and head
+        if self.root.tied and self.adapter_config is not None:
+            # adapters.adapter_matrices stores the one matrix for embedding and head
             needed += sum(4 * module.weight.numel() for _, module in trained_vocabularies(self.root.model))
         try:
             partial.parent.mkdir(exist_ok=True)

@@ -23,13 +23,7 @@ from fsdp_qlora.config.export import MergeConfig as MergeConfig
 from fsdp_qlora.config.export import PushConfig as PushConfig
 from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.config.export import is_size
-from fsdp_qlora.config.lora import (
-    METHOD_CHECKS,
-    METHOD_RULES,
-    SHAPE_CHECKS,
-    TRAINED_CHECKS,
-    MethodSettings,
-)
+from fsdp_qlora.config.lora import METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, TRAINED_CHECKS, MethodSettings
 from fsdp_qlora.config.lora import InitializeConfig as InitializeConfig
 from fsdp_qlora.settings import Check, Rule, Scalar
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import bitsandbytes.functional as bnb
-import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -26,7 +25,15 @@ from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers
 from fsdp_qlora.quant.experts import ExpertStack
 from fsdp_qlora.trainer import Trainer
 from tests.distributed.checkpoints import save_quantized
-from tests.distributed.test_equivalence import LOADER, Split, assert_close, examples, gradients_of, initial_adapter
+from tests.distributed.test_equivalence import (
+    LOADER,
+    Split,
+    assert_close,
+    examples,
+    gradients_of,
+    initial_adapter,
+    take_steps,
+)
 from tests.ranks import run_ranks
 from tests.tiny import memory, save_tiny
 
@@ -74,13 +81,9 @@ def look(folder: Path, quantized: Path, splits: list[Split]) -> dict[str, Any]:
         for split in splits:
             mesh = make_mesh(ranks.device, ranks.world_size, split.sharding)
             trainer = make_trainer(folder, split, dataclasses.replace(ranks, mesh=mesh))
-            kept: list[dict[str, np.ndarray]] = []
-            trainer.optimizer.register_step_pre_hook(
-                lambda *_, trainer=trainer, kept=kept: kept.append(gradients_of(trainer))
-            )
-            steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(NUM_STEPS)]
+            steps, gradients = take_steps(trainer, NUM_STEPS, gradients_of)
             found["steps"].append(steps)
-            found["gradients"].append(kept)
+            found["gradients"].append(gradients)
     return found
 
 

@@ -21,7 +21,7 @@ from fsdp_qlora.optim import local
 from fsdp_qlora.quant.adapt import QuantSettings
 from fsdp_qlora.resume import trainable
 from fsdp_qlora.trainer import Trainer
-from tests.distributed.test_equivalence import LOADER, NODE, Split, assert_close, differences, examples
+from tests.distributed.test_equivalence import LOADER, NODE, Split, assert_close, differences, examples, take_steps
 from tests.ranks import run_ranks
 from tests.tiny import memory, save_tiny
 
@@ -66,17 +66,15 @@ def train_on_rank(folder: Path, splits: list[Split], dtype: torch.dtype, device:
     with process_group("full", timeout_s=60, device=device) as ranks:
         for split in splits:
             trainer = make_trainer(folder, split, ranks, dtype)
-            gradients: list[dict[str, np.ndarray]] = []
-
-            def keep(*_: Any, trainer: Trainer = trainer, kept: list[dict[str, np.ndarray]] = gradients) -> None:
-                kept.append({name: whole(parameter.grad, trainer) for name, parameter in trainable(trainer.root)})
-
-            trainer.optimizer.register_step_pre_hook(keep)
-            steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(NUM_STEPS)]
+            steps, gradients = take_steps(trainer, NUM_STEPS, gradients_of)
             after = {name: whole(parameter, trainer) for name, parameter in trainable(trainer.root)}
             losses, norms = [step.loss for step in steps], [step.grad_norm for step in steps]
             results.append({"losses": losses, "norms": norms, "gradients": gradients[0], "after": after})
     return results
+
+
+def gradients_of(trainer: Trainer) -> dict[str, np.ndarray]:
+    return {name: whole(parameter.grad, trainer) for name, parameter in trainable(trainer.root)}
 
 
 def whole(value: torch.Tensor | None, trainer: Trainer) -> np.ndarray:
