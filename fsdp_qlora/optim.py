@@ -28,7 +28,10 @@ class ShardedAdamW(torch.optim.AdamW):
 
     Attributes:
         shards: by parameter, what AdamW knows in its place: this rank's rows, or itself if it is not sharded.
+        found_inf: torch's fused AdamW changes nothing where this is 1.
     """
+
+    found_inf: Tensor
 
     def __init__(self, groups: list[dict[str, Any]], **settings: Any) -> None:
         parameters = [parameter for group in groups for parameter in group["params"]]
@@ -45,6 +48,17 @@ class ShardedAdamW(torch.optim.AdamW):
             if shard is not parameter:
                 shard.data = local(parameter)  # FSDP may put rows into other memory in its first forward
                 shard.grad = None if parameter.grad is None else local(parameter.grad)
+
+    def step_if_finite(self, *values: Tensor) -> None:
+        """Update the parameters unless a value is NaN or infinite.
+
+        The GPU decides: the CPU need not wait for the values before it goes on.
+        """
+        finite = torch.isfinite(torch.stack(values)).all()
+        if any(not shard.is_cuda for shard in self.shards.values()):
+            finite = finite.cpu()  # AdamW would copy it there without waiting for it
+        self.found_inf = 1.0 - finite.float()
+        self.step()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """Drop the gradients of the parameters and of their shards."""
@@ -88,8 +102,8 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-def clip_gradients(root: nn.Module, max_norm: float) -> float:
-    """Scale the gradients down to a global norm of `max_norm` (0: leave them) and return the norm before.
+def clip_gradients(root: nn.Module, max_norm: float) -> Tensor:
+    """Scale the gradients down to a global norm of `max_norm` (0: leave them) and return the norm before, a scalar.
 
     The norm is that of the whole gradient over all shards, not of this rank's part.
     """
@@ -101,7 +115,7 @@ def clip_gradients(root: nn.Module, max_norm: float) -> float:
             factor = torch.clamp(max_norm / (norm + 1e-6), max=1.0)
             for device in {part.device for part in parts}:
                 torch._foreach_mul_([part for part in parts if part.device == device], factor.to(device))
-    return float(norm.item())
+    return norm
 
 
 def _norm_of_shards(norm: Tensor, gradients: list[Tensor]) -> Tensor:

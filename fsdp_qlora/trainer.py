@@ -92,7 +92,7 @@ class Trainer:
             votes: asked near the end of the step for numbers to add up over the ranks, in the exchange of the loss.
 
         Raises:
-            TrainingError: on every rank and before the update, if loss or gradient norm is not finite on any.
+            TrainingError: on every rank, if loss or gradient norm is not finite on any; there was no update then.
         """
         self.root.train()
         # Divide by the targets of the whole step, not of a micro-batch or rank, so that the result does not depend on how
@@ -103,19 +103,20 @@ class Trainer:
             loss = self.loss(batch) / num_targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
-        grad_norm = clip_gradients(self.root, self.config.max_grad_norm)
+        norm = clip_gradients(self.root, self.config.max_grad_norm).to(self.ranks.device)
         totals = torch.stack([total, *(total.new_tensor(vote) for vote in votes())])
         dist.all_reduce(totals)
-        mean_loss, *votes_of_all = totals.tolist()
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate(self.config, step, self.num_steps) * group["lr_ratio"]
+        self.optimizer.step_if_finite(totals[0], norm)
+        self.optimizer.zero_grad()
+        # only now does the CPU wait for the GPU, which has the whole step to do
+        grad_norm, mean_loss, *votes_of_all = torch.cat([norm[None], totals]).tolist()
         if not (math.isfinite(mean_loss) and math.isfinite(grad_norm)):
             raise TrainingError(
                 f"step {step + 1}: loss {mean_loss}, gradient norm {grad_norm}; stopped before the update."
                 " Lower --lr, or look for broken rows in this step's data"
             )
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps) * group["lr_ratio"]
-        self.optimizer.step()
-        self.optimizer.zero_grad()
         num_tokens = sum(batch.input_ids.numel() for batch in batches) * self.ranks.world_size
         return StepResult(mean_loss, grad_norm, int(num_targets), num_tokens, tuple(votes_of_all))
 

@@ -119,8 +119,7 @@ def our_step(built: BuiltModel, batch: Batch) -> Callable[[], float]:
         out = built.root(batch.inputs, batch.positions, None, batch.context_length, batch.targets, batch.labels)
         loss = out["loss"] / batch.labels.numel()
         loss.backward()
-        clip_gradients(built.root, 1.0)
-        optimizer.step()
+        optimizer.step_if_finite(loss.detach(), clip_gradients(built.root, 1.0))
         optimizer.zero_grad()
         return float(loss.item())
 

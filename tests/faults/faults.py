@@ -124,7 +124,7 @@ def nan_in_gradient(step: int, victim: int, rank: int) -> None:
 
     clip, calls = trainer.clip_gradients, 0
 
-    def poisoned(root: Any, max_norm: float) -> float:
+    def poisoned(root: Any, max_norm: float) -> Any:
         nonlocal calls
         calls += 1
         if rank == victim and calls == step:

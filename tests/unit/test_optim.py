@@ -62,7 +62,7 @@ def model_with_gradients(scale: float = 1.0) -> nn.Module:
 def test_clipping_is_torchs_own(max_norm: float) -> None:
     model, reference = model_with_gradients(), model_with_gradients()
     expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
-    assert clip_gradients(model, max_norm) == float(expected)
+    assert clip_gradients(model, max_norm).equal(expected)
     for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
         if other.grad is None:
             assert parameter.grad is None
@@ -73,7 +73,7 @@ def test_clipping_is_torchs_own(max_norm: float) -> None:
 
 def test_norm_zero_leaves_gradients_alone() -> None:
     model, reference = model_with_gradients(100.0), model_with_gradients(100.0)
-    norm = clip_gradients(model, 0.0)
+    norm = clip_gradients(model, 0.0).item()
     gradients = [parameter.grad for parameter in reference.parameters() if parameter.grad is not None]
     assert norm == pytest.approx(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)), rel=1e-6)
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
@@ -86,7 +86,7 @@ def test_a_norm_that_is_not_finite_is_returned_as_such(value: float) -> None:
     gradient = model[0].bias.grad
     assert gradient is not None
     gradient[2] = value
-    assert not math.isfinite(clip_gradients(model, 1.0))
+    assert not clip_gradients(model, 1.0).isfinite()
 
 
 def test_optimizer_has_the_trainable_parameters_and_the_settings() -> None:
@@ -122,7 +122,7 @@ def test_sharded_parameters_are_updated_as_plain_ones_wherever_their_rows_are(ra
             gradient.clone(),
             DTensor.from_local(gradient.clone(), ranks.mesh, [Shard(0)]),
         )
-        norms = [clip_gradients(model, 0.5) for model in (plain, sharded)]
+        norms = [clip_gradients(model, 0.5).item() for model in (plain, sharded)]
         assert norms[0] == norms[1] == pytest.approx(float(gradient.norm()))
         for optimizer in optimizers:
             optimizer.step()
@@ -130,3 +130,18 @@ def test_sharded_parameters_are_updated_as_plain_ones_wherever_their_rows_are(ra
         assert sharded.lora_A.to_local().equal(plain.lora_A), step
         assert not plain.lora_A.allclose(torch.ones(3, 4))
         assert sharded.lora_A.grad is None
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_no_update_where_a_value_is_not_finite(value: float) -> None:
+    model = model_with_gradients()
+    optimizer = build_optimizer(model, TrainConfig(lr=0.1))
+    optimizer.step_if_finite(torch.tensor(1.0), torch.tensor(2.0))
+    parameters = [parameter.detach().clone() for parameter in model.parameters()]
+    state = {key: {name: value.clone() for name, value in one.items()} for key, one in optimizer.state.items()}
+    optimizer.step_if_finite(torch.tensor(1.0), torch.tensor(value))
+    assert all(one.equal(other) for one, other in zip(model.parameters(), parameters, strict=True))
+    for key, values in state.items():
+        assert all(values[name].equal(optimizer.state[key][name]) for name in values)
+    optimizer.step_if_finite(torch.tensor(1.0), torch.tensor(2.0))
+    assert not model[0].weight.equal(parameters[0])
