@@ -13,9 +13,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, Shard
 
-from fsdp_qlora.distributed import Ranks, agree_on_errors
+from fsdp_qlora.distributed import Ranks, agree_on_errors, all_gather_single
 from fsdp_qlora.errors import CheckpointError, ModelError
 from fsdp_qlora.files import FileRecord, write_new, write_tensors
 from fsdp_qlora.models.vocabulary import trained_vocabularies
@@ -35,13 +35,22 @@ UNSUPPORTED = ("lora_bias", "alora_invocation_tokens", "layer_replication", "tra
 
 
 def gather(parameter: Tensor, device: torch.device) -> Tensor:
-    """Return a whole parameter, on the device if it is sharded; every rank must take part."""
+    """Return a whole parameter, on the device if it is sharded; every rank must take part.
+
+    DTensor.full_tensor does this too, but crashes where ranks share a GPU through gloo (torch 2.11).
+    """
     value = parameter.detach()
-    if isinstance(value, DTensor):
-        moved = value.to(device)
-        assert isinstance(moved, DTensor)
-        value = moved.full_tensor()
-    return value
+    if not isinstance(value, DTensor):
+        return value
+    assert value.placements[-1] == Shard(0), value.placements
+    group = value.device_mesh.get_group(value.device_mesh.ndim - 1)
+    num_rows, held = value.shape[0], value.to_local()
+    rows_each = -(-num_rows // group.size())  # the last ranks may hold fewer, or none
+    padded = held.new_zeros((rows_each, *held.shape[1:]), device=device)
+    padded[: held.shape[0]] = held
+    whole = padded.new_empty((rows_each * group.size(), *held.shape[1:]))
+    all_gather_single(whole, padded, group)
+    return whole[:num_rows]
 
 
 def full_tensor(parameter: Tensor, device: torch.device) -> Tensor:
