@@ -14,7 +14,7 @@ from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.quant.expert_lora import EXPERT_PARAMETERS, ExpertLora
 from fsdp_qlora.quant.experts import PARTS, ExpertStack, QuantizedExperts
 from fsdp_qlora.quant.fp8 import ALIGNMENT, suits_fp8
-from fsdp_qlora.quant.layout import Layout
+from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import LoraSettings as LoraSettings
 from fsdp_qlora.quant.lora import adapted_layers
@@ -146,8 +146,8 @@ def quantize_and_adapt(skeleton: Skeleton, quant: QuantSettings, lora: LoraSetti
         setattr(skeleton.model.get_submodule(parent_name), leaf, replacement)
     if quant.fp8 and not any(linear.fp8 for linear in lora_linears(skeleton.model)):
         raise ModelError(
-            f"compute_dtype fp8: needs 4-bit linear layers whose widths are multiples of {ALIGNMENT}, and this model, held"
-            f" as {quant.quant_type}, has none; leave it out"
+            f"compute_dtype fp8: needs 4-bit linear layers whose inputs are a multiple of {BLOCKSIZE} wide and whose outputs"
+            f" of {ALIGNMENT}, and this model, held as {quant.quant_type}, has none; leave it out"
         )
 
 

@@ -103,9 +103,9 @@ def _dequantize_fp8(packed: Tensor, layout: Layout, gain: Tensor, transpose: boo
     shape = (layout.in_features, layout.out_features) if transpose else (layout.out_features, layout.in_features)
     out = torch.empty(shape, dtype=E4M3, device=packed.device)
     if packed.is_cuda:
-        from fsdp_qlora.quant.kernels import dequantize_fp8_into
+        from fsdp_qlora.quant.kernels import dequantize_into, dequantize_transposed_into
 
-        dequantize_fp8_into(out, packed, layout, gain, transpose)
+        (dequantize_transposed_into if transpose else dequantize_into)(out, packed, layout, gain)
     else:
         matrix = dequantize_reference(packed, layout, torch.float32) * gain
         out.copy_(matrix.t() if transpose else matrix)

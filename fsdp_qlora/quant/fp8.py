@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.errors import ConfigError
-from fsdp_qlora.quant.layout import Layout
+from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.nf4 import scales
 
 E4M3 = torch.float8_e4m3fn
@@ -24,7 +24,7 @@ LARGEST = 448.0
 """The largest number of e4m3."""
 
 ALIGNMENT = 16
-"""What both widths of a matrix must be multiples of, for the GPU's fp8 products."""
+"""What both widths of a matrix must be multiples of, for the GPU's fp8 products; its rows also have to be whole blocks."""
 
 SMALLEST_ROW = 1e-30
 """Rows with no larger magnitude than this become zeros; keeps the scale of a row of zeros finite."""
@@ -35,7 +35,7 @@ CAPABILITY = (8, 9)
 
 def suits_fp8(layout: Layout) -> bool:
     """Return whether a matrix can be multiplied in fp8: it is 4-bit, and its widths are as the GPU needs them."""
-    return layout.dense_dtype is None and layout.out_features % ALIGNMENT == 0 and layout.in_features % ALIGNMENT == 0
+    return layout.dense_dtype is None and layout.out_features % ALIGNMENT == 0 and layout.in_features % BLOCKSIZE == 0
 
 
 def check_device(device: torch.device) -> None:

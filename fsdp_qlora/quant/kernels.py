@@ -15,10 +15,31 @@ from torch import Tensor
 from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
 from fsdp_qlora.quant.nf4 import nested_code, weight_code
 
-BYTES_PER_PROGRAM = 2048
+BLOCK_BYTES = BLOCKSIZE // 2
 
-TILE = 128
-"""Rows and columns of the matrix that a program writes in fp8: runs of 128 bytes, also where it writes them transposed."""
+BLOCKS_PER_PROGRAM = 64
+
+ROWS_PER_PROGRAM = 128
+"""Rows of a block each that a program writes as columns: runs of 128 bytes in the transposed matrix."""
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _scales(  # type: ignore[no-untyped-def]
+    block,
+    inside,
+    absmax_ptr,
+    nested_ptr,
+    offset_ptr,
+    nested_code_ptr,
+    DOUBLE_QUANT: tl.constexpr,
+    NESTED: tl.constexpr,
+):
+    if DOUBLE_QUANT:
+        coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
+        nested = tl.load(nested_ptr + block // NESTED, mask=inside, other=0.0)
+        return tl.load(nested_code_ptr + coded) * nested + tl.load(offset_ptr)
+    else:
+        return tl.load(absmax_ptr + block, mask=inside, other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -27,149 +48,133 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
     absmax_ptr,
     nested_ptr,
     offset_ptr,
-    weight_code_ptr,
     nested_code_ptr,
+    weight_code_ptr,
+    gain_ptr,
     out_ptr,
-    num_bytes,
     num_weights,
     in_features,
     row_stride,
     DOUBLE_QUANT: tl.constexpr,
-    BLOCK_BYTES: tl.constexpr,
     NESTED: tl.constexpr,
-    BYTES_PER_PROGRAM: tl.constexpr,
+    HAS_GAIN: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
 ):
-    position = tl.program_id(0).to(tl.int64) * BYTES_PER_PROGRAM + tl.arange(0, BYTES_PER_PROGRAM)
-    inside = position < num_bytes
-    byte = tl.load(codes_ptr + position, mask=inside, other=0).to(tl.int32)
-    block = position // BLOCK_BYTES
-    if DOUBLE_QUANT:
-        coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        nested = tl.load(nested_ptr + block // NESTED, mask=inside, other=0.0)
-        scale = tl.load(nested_code_ptr + coded) * nested + tl.load(offset_ptr)
-    else:
-        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-    high = tl.load(weight_code_ptr + (byte >> 4)) * scale
-    low = tl.load(weight_code_ptr + (byte & 15)) * scale
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = block * (2 * BLOCK_BYTES) < num_weights
+    scale = _scales(block, inside, absmax_ptr, nested_ptr, offset_ptr, nested_code_ptr, DOUBLE_QUANT, NESTED)
+    if HAS_GAIN:
+        scale *= tl.load(gain_ptr)
+    position = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
+    byte = tl.load(codes_ptr + position, mask=2 * position < num_weights, other=0).to(tl.int32)
+    high = tl.load(weight_code_ptr + (byte >> 4)) * scale[:, None]
+    low = tl.load(weight_code_ptr + (byte & 15)) * scale[:, None]
     pair = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
-    base = tl.program_id(0).to(tl.int64) * (2 * BYTES_PER_PROGRAM)
-    element = base + tl.arange(0, 2 * BYTES_PER_PROGRAM)
-    row = element // in_features
-    tl.store(out_ptr + row * row_stride + (element - row * in_features), pair, mask=element < num_weights)
+    element = block[:, None] * (2 * BLOCK_BYTES) + tl.arange(0, 2 * BLOCK_BYTES)[None, :]
+    target = element
+    if not CONTIGUOUS:
+        row = element // in_features
+        target = row * row_stride + (element - row * in_features)
+    tl.store(out_ptr + target, pair, mask=element < num_weights)
 
 
-def dequantize_into(out: Tensor, packed: Tensor, layout: Layout) -> None:
-    """Write the matrix of a gathered flat parameter, on a CUDA device.
+def dequantize_into(out: Tensor, packed: Tensor, layout: Layout, gain: Tensor | None = None) -> None:
+    """Write the matrix of a gathered flat parameter, times its gain if one is given, on a CUDA device.
 
     Args:
         out: [out, in], each row contiguous in itself; any floating dtype.
         packed: 1-D, any storage dtype.
+        gain: fp32 [1], see fp8.py.
     """
     flat = packed.view(torch.uint8)
-    absmax, nested, offset = _statistics(flat, layout)
-    _dequantize_kernel[(triton.cdiv(layout.codes.size, BYTES_PER_PROGRAM),)](
-        flat,
-        absmax,
-        nested,
-        offset,
-        weight_code(layout.quant_type, packed.device),
-        nested_code(packed.device),
+    _dequantize_kernel[(triton.cdiv(layout.num_blocks, BLOCKS_PER_PROGRAM),)](
+        *_arguments(flat, layout),
+        flat if gain is None else gain,
         out,
-        layout.codes.size,
         layout.num_weights,
         layout.in_features,
         out.stride(0),
         DOUBLE_QUANT=layout.double_quant,
-        BLOCK_BYTES=BLOCKSIZE // 2,
         NESTED=NESTED_BLOCKSIZE,
-        BYTES_PER_PROGRAM=BYTES_PER_PROGRAM,
-        num_warps=8,
+        HAS_GAIN=gain is not None,
+        CONTIGUOUS=out.is_contiguous(),
+        BLOCK_BYTES=BLOCK_BYTES,
+        BLOCKS=BLOCKS_PER_PROGRAM,
+        num_warps=4,
         enable_fp_fusion=False,
     )
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _dequantize_fp8_kernel(  # type: ignore[no-untyped-def]
+def _dequantize_transposed_kernel(  # type: ignore[no-untyped-def]
     codes_ptr,
     absmax_ptr,
     nested_ptr,
     offset_ptr,
-    weight_code_ptr,
     nested_code_ptr,
+    weight_code_ptr,
     gain_ptr,
     out_ptr,
     out_features,
-    in_features,
+    blocks_per_row,
     DOUBLE_QUANT: tl.constexpr,
-    BLOCK: tl.constexpr,
     NESTED: tl.constexpr,
-    TRANSPOSE: tl.constexpr,
-    TILE: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    ROWS: tl.constexpr,
 ):
-    rows = (tl.program_id(1) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    pairs = tl.program_id(0) * (TILE // 2) + tl.arange(0, TILE // 2)
-    inside = (rows[:, None] < out_features) & (2 * pairs[None, :] < in_features)
-    position = rows[:, None] * (in_features // 2) + pairs[None, :]
-    byte = tl.load(codes_ptr + position, mask=inside, other=0).to(tl.int32)
-    block = position // (BLOCK // 2)
-    if DOUBLE_QUANT:
-        coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        nested = tl.load(nested_ptr + block // NESTED, mask=inside, other=0.0)
-        scale = tl.load(nested_code_ptr + coded) * nested + tl.load(offset_ptr)
-    else:
-        scale = tl.load(absmax_ptr + block, mask=inside, other=0.0)
-    gain = tl.load(gain_ptr)
-    high = (tl.load(weight_code_ptr + (byte >> 4)) * scale * gain).to(tl.float8e4nv)
-    low = (tl.load(weight_code_ptr + (byte & 15)) * scale * gain).to(tl.float8e4nv)
-    tile = tl.interleave(high, low)
-    columns = tl.program_id(0) * TILE + tl.arange(0, TILE)
-    if TRANSPOSE:
-        target = columns.to(tl.int64)[:, None] * out_features + rows[None, :]
-        tl.store(
-            out_ptr + target, tl.trans(tile), mask=(columns[:, None] < in_features) & (rows[None, :] < out_features)
-        )
-    else:
-        target = rows[:, None] * in_features + columns[None, :]
-        tl.store(out_ptr + target, tile, mask=(rows[:, None] < out_features) & (columns[None, :] < in_features))
+    row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    inside = row < out_features
+    block = row * blocks_per_row + tl.program_id(0)
+    scale = _scales(block, inside, absmax_ptr, nested_ptr, offset_ptr, nested_code_ptr, DOUBLE_QUANT, NESTED)
+    scale *= tl.load(gain_ptr)
+    position = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
+    # transposed while they are bytes; the two weights of a byte go to neighbouring rows
+    byte = tl.trans(tl.load(codes_ptr + position, mask=inside[:, None], other=0)).to(tl.int32)
+    high = tl.load(weight_code_ptr + (byte >> 4)) * scale[None, :]
+    low = tl.load(weight_code_ptr + (byte & 15)) * scale[None, :]
+    column = 2 * (tl.program_id(0).to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES))
+    target = out_ptr + column[:, None] * out_features + row[None, :]
+    tl.store(target, high.to(out_ptr.dtype.element_ty), mask=inside[None, :])
+    tl.store(target + out_features, low.to(out_ptr.dtype.element_ty), mask=inside[None, :])
 
 
-def dequantize_fp8_into(out: Tensor, packed: Tensor, layout: Layout, gain: Tensor, transpose: bool) -> None:
-    """Write the matrix of a gathered flat parameter, times its gain, in e4m3, on a CUDA device.
+def dequantize_transposed_into(out: Tensor, packed: Tensor, layout: Layout, gain: Tensor) -> None:
+    """Write the transposed matrix of a gathered flat parameter, times its gain, on a CUDA device.
 
     Args:
-        out: contiguous; [out, in], or [in, out] to write it transposed.
+        out: [in, out], contiguous; any floating dtype.
         packed: 1-D, any storage dtype.
-        layout: of a matrix with an even number of columns.
+        layout: of a matrix whose rows are whole blocks.
         gain: fp32 [1], see fp8.py.
     """
-    flat = packed.view(torch.uint8)
-    absmax, nested, offset = _statistics(flat, layout)
-    _dequantize_fp8_kernel[(triton.cdiv(layout.in_features, TILE), triton.cdiv(layout.out_features, TILE))](
-        flat,
-        absmax,
-        nested,
-        offset,
-        weight_code(layout.quant_type, packed.device),
-        nested_code(packed.device),
+    assert layout.in_features % BLOCKSIZE == 0, layout
+    blocks_per_row = layout.in_features // BLOCKSIZE
+    _dequantize_transposed_kernel[(blocks_per_row, triton.cdiv(layout.out_features, ROWS_PER_PROGRAM))](
+        *_arguments(packed.view(torch.uint8), layout),
         gain,
         out,
         layout.out_features,
-        layout.in_features,
+        blocks_per_row,
         DOUBLE_QUANT=layout.double_quant,
-        BLOCK=BLOCKSIZE,
         NESTED=NESTED_BLOCKSIZE,
-        TRANSPOSE=transpose,
-        TILE=TILE,
-        num_warps=8,
+        BLOCK_BYTES=BLOCK_BYTES,
+        ROWS=ROWS_PER_PROGRAM,
+        num_warps=4,
         enable_fp_fusion=False,
     )
 
 
-def _statistics(flat: Tensor, layout: Layout) -> tuple[Tensor, Tensor, Tensor]:
-    """Return scales, their scales and their offset as views of the bytes; the last two are not read without double_quant."""
+def _arguments(flat: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """Return what both kernels read first: codes, scales, their scales and offset, and the tables of both codes.
+
+    Without double_quant the scales of scales, their offset and their table are not read.
+    """
+    tables = nested_code(flat.device), weight_code(layout.quant_type, flat.device)
     absmax = flat[layout.absmax.start : layout.absmax.stop]
     if not layout.double_quant:
         absmax = absmax.view(torch.float32)
-        return absmax, absmax, absmax
+        return flat, absmax, absmax, absmax, *tables
     nested = flat[layout.nested_absmax.start : layout.nested_absmax.stop].view(torch.float32)
-    return absmax, nested, flat[layout.offset.start : layout.offset.stop].view(torch.float32)
+    return flat, absmax, nested, flat[layout.offset.start : layout.offset.stop].view(torch.float32), *tables

@@ -15,7 +15,7 @@ from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from tests.unit.quant.test_linear import make_layer
 
 pytestmark = pytest.mark.gpu
-SHAPES = [(64, 64), (48, 80), (1024, 4096), (4096, 1024), (1008, 96), (14336, 4096), (4096, 14336)]
+SHAPES = [(64, 64), (192, 320), (1024, 4096), (4096, 1024), (1088, 192), (14336, 4096), (4096, 14336)]
 
 
 @pytest.fixture(autouse=True)
@@ -57,7 +57,7 @@ def test_broken_numbers_stay_broken_when_compiled() -> None:
     assert [bool(row.isfinite().all()) for row in back] == [True, False, False, True]
 
 
-@pytest.mark.parametrize("shape", [(1024, 4096), (14336, 4096), (4096, 14336), (48, 80)], ids=str)
+@pytest.mark.parametrize("shape", [(1024, 4096), (14336, 4096), (4096, 14336), (192, 320)], ids=str)
 def test_product_equals_reference(shape: tuple[int, int]) -> None:
     layout = Layout(*shape)
     packed = quantize_matrix(torch.randn(shape, device="cuda") * 0.02, layout).view(torch.float32)

@@ -208,7 +208,7 @@ def test_model_computes_in_fp8_where_it_can(ranks: Ranks, tmp_path: Path) -> Non
         built = build_model(folder, ranks, quant, lora, torch.float32)
         losses.append(make_trainer(built, ranks).loss(batch).item())
     in_fp8 = {linear.name.rpartition(".")[2] for linear in lora_linears(built.root) if linear.gain is not None}
-    assert in_fp8 == {"q_proj", "k_proj", "v_proj", "o_proj"}, "104 is no multiple of 16"
+    assert in_fp8 == {"q_proj", "k_proj", "v_proj", "o_proj"}, "rows of 104 are no whole blocks"
     assert losses[1] != losses[0]
     assert losses[1] == pytest.approx(losses[0], rel=0.01)
 
