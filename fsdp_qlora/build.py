@@ -187,7 +187,7 @@ def _move_buffers(skeleton: Skeleton, device: torch.device) -> None:
 
 
 @contextlib.contextmanager
-def _whole(block: nn.Module) -> Iterator[None]:
+def gathered(block: nn.Module) -> Iterator[None]:
     """Have a block's whole weights on the device."""
     if isinstance(block, FSDPModule):
         block.unshard()
@@ -201,7 +201,7 @@ def _whole(block: nn.Module) -> Iterator[None]:
 def _begin_fp8(skeleton: Skeleton) -> None:
     """Find the gains of the matrices that are multiplied in fp8."""
     for block in skeleton.blocks:
-        with _whole(block):
+        with gathered(block):
             for linear in lora_linears(block):
                 if linear.fp8:
                     linear.begin_fp8()
@@ -212,7 +212,7 @@ def _begin_magnitudes(skeleton: Skeleton, ranks: Ranks, dtype: torch.dtype) -> N
     """Give DoRA's magnitudes their initial values, the lengths of the rows, from each block's whole matrices."""
     for block in skeleton.blocks:
         sharded = isinstance(block, FSDPModule)
-        with _whole(block):
+        with gathered(block):
             adapted = [linear for linear in lora_linears(block) if linear.lora_magnitude_vector is not None]
             norms = [linear.row_norms(dtype) for linear in adapted]
         for linear, values in zip(adapted, norms, strict=True):
@@ -231,7 +231,7 @@ def verify_weights(built: BuiltModel, ranks: Ranks) -> None:
     """
     wrong: list[str] = []
     for block in built.skeleton.blocks:
-        with _whole(block):
+        with gathered(block):
             wrong += [layer.name for layer in packed_layers(block) if not _is_intact(layer, built.report.fingerprints)]
     found: list[list[str]] = [[] for _ in range(ranks.world_size)]
     dist.all_gather_object(found, wrong)

@@ -255,20 +255,25 @@ def _shard_vocabulary(skeleton: Skeleton, ranks: Ranks, trained: tuple[str, ...]
 def _fully_shard(
     root: LossModel, blocks: nn.ModuleList, ranks: Ranks, memory: MemorySettings, policy: MixedPrecisionPolicy
 ) -> set[tuple[nn.Module, str]]:
-    """Make every block and the root (final norm) an FSDP unit; return the parameters that rest in CPU memory."""
-    vocabularies = [module for module in root.modules() if isinstance(module, ShardedVocabulary)]
+    """Make every block, if need be, and the root (final norm) an FSDP unit; return what rests in CPU memory."""
+    ignored = {module.weight for module in root.modules() if isinstance(module, ShardedVocabulary)}
     offloaded: set[tuple[nn.Module, str]] = set()
     for block, offload in zip(blocks, spread(memory.offload_blocks, len(blocks)), strict=True):
         assert isinstance(block, Block)
         _refuse_corrupting_storage(block)
         packed = {(layer, "packed") for layer in packed_layers(block)}
-        # Unsharded weights that stay on the device, or that a WeightStream brings, would only be copied by FSDP.
-        plain = ranks.num_shards == 1 and (not offload or block.weights is not None)
-        ignored = {layer.packed for layer, _ in packed} if plain else None
-        fully_shard(block, mesh=ranks.mesh, ignored_params=ignored, mp_policy=policy)
+        streamed = block.weights is not None
         if offload:
-            offloaded |= packed | _offload(block, memory.offload_lora, ranks)
-    ignored = {vocabulary.weight for vocabulary in vocabularies}
+            offloaded |= packed
+        # What stays on the device of a single rank, or is brought there by a WeightStream, FSDP would only copy.
+        plain = streamed or not offload
+        if ranks.world_size == 1 and plain and not (offload and memory.offload_lora) and not root.masters:
+            ignored.update(block.parameters())
+            continue
+        weights = {layer.packed for layer, _ in packed} if plain and ranks.num_shards == 1 else None
+        fully_shard(block, mesh=ranks.mesh, ignored_params=weights, mp_policy=policy)
+        if offload:
+            offloaded |= _offload(block, memory.offload_lora, ranks)
     # FSDP would leave a root gathered after forward; a trained one, to be saved then, must be what the optimizer knows
     reshard = True if root.masters else None
     fully_shard(root, mesh=ranks.mesh, ignored_params=ignored, mp_policy=policy, reshard_after_forward=reshard)

@@ -112,7 +112,7 @@ class LoRALinearFunction(torch.autograd.Function):
             ctx.save_for_backward(packed, gain)
         else:
             u_TI = x_TI if x_lora is None else x_lora.reshape(-1, x.shape[-1])
-            a_TR = (u_TI @ lora_A.to(x.dtype).t()) * scaling
+            a_TR = u_TI @ (lora_A * scaling).to(x.dtype).t()  # one pass of the small matrix, not one of the result
             ctx.save_for_backward(packed, gain, u_TI, a_TR, lora_A, lora_B)
         if skip_product:
             y_TO = x.new_empty(x_TI.shape[0], layout.out_features)
@@ -131,7 +131,7 @@ class LoRALinearFunction(torch.autograd.Function):
         g_TR = lora_A = None
         if saved:
             u_TI, a_TR, lora_A, lora_B = saved
-            g_TR = (dy_TO @ lora_B.to(dy.dtype)) * ctx.scaling
+            g_TR = dy_TO @ (lora_B * ctx.scaling).to(dy.dtype)
             dA_RI = (g_TR.t() @ u_TI).to(lora_A.dtype)
             dB_OR = (dy_TO.t() @ a_TR).to(lora_B.dtype)
             if ctx.has_dropout and ctx.needs_input_grad[1]:

@@ -12,13 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.fsdp import FSDPModule
 from transformers import AutoConfig
 
 from fsdp_qlora import data
 from fsdp_qlora.activation_checkpointing import Block
 from fsdp_qlora.balance import balance_routers
-from fsdp_qlora.build import build_model, verify_weights
+from fsdp_qlora.build import build_model, gathered, verify_weights
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import make_mesh, process_group
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers
@@ -72,12 +71,10 @@ def look(folder: Path, quantized: Path, splits: list[Split]) -> dict[str, Any]:
             found[f"{name} fingerprint"] = built.fingerprint
             found[name] = {}
             for block in built.skeleton.blocks:
-                assert isinstance(block, FSDPModule)
-                block.unshard()
-                for stack in packed_layers(block):
-                    if isinstance(stack, ExpertStack):
-                        found[name] |= hashes(stack)
-                block.reshard()
+                with gathered(block):
+                    for stack in packed_layers(block):
+                        if isinstance(stack, ExpertStack):
+                            found[name] |= hashes(stack)
         for split in splits:
             mesh = make_mesh(ranks.device, ranks.world_size, split.sharding)
             trainer = make_trainer(folder, split, dataclasses.replace(ranks, mesh=mesh))

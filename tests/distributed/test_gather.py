@@ -10,11 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
-from fsdp_qlora.activation_checkpointing import Block
-from fsdp_qlora.build import BuiltModel, build_model, verify_weights
+from fsdp_qlora.build import BuiltModel, build_model, gathered, verify_weights
 from fsdp_qlora.distributed import Ranks, make_mesh, process_group
 from fsdp_qlora.errors import ConfigError, WeightsError
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_linears
@@ -65,22 +63,18 @@ def gathered_hashes(case: Case, ranks: Ranks) -> dict[str, str]:
     device = torch.device("cpu") if case.folder else ranks.device
     hashes = {}
     for block in built.skeleton.blocks:
-        assert isinstance(block, FSDPModule)
-        assert isinstance(block, Block)
         for linear in lora_linears(block):
             assert local(linear).dtype == STORAGE_DTYPES[case.storage]
             assert isinstance(linear.packed, DTensor) or ranks.num_shards == 1
             assert local(linear).device.type == ("cpu" if case.cpu_offload else ranks.device.type)
-        block.unshard()
-        block.arrive(backward=False)
-        for linear in lora_linears(block):
-            size = linear.layout.num_bytes
-            gathered = linear.packed.view(torch.uint8)[:size].cpu()
-            expected = quantize_matrix(weights[f"{linear.name}.weight"].to(device), linear.layout).cpu()
-            wrong = int((gathered != expected).sum())
-            assert wrong == 0, f"{case}: {wrong} of {size} bytes of {linear.name} are wrong after the gather"
-            hashes[linear.name] = hashlib.sha256(bytes(gathered.tolist())).hexdigest()
-        block.reshard()
+        with gathered(block):
+            for linear in lora_linears(block):
+                size = linear.layout.num_bytes
+                found = linear.packed.view(torch.uint8)[:size].cpu()
+                expected = quantize_matrix(weights[f"{linear.name}.weight"].to(device), linear.layout).cpu()
+                wrong = int((found != expected).sum())
+                assert wrong == 0, f"{case}: {wrong} of {size} bytes of {linear.name} are wrong after the gather"
+                hashes[linear.name] = hashlib.sha256(bytes(found.tolist())).hexdigest()
     verify_weights(built, ranks)
     return hashes
 

@@ -118,9 +118,8 @@ def signal_in_evaluation(batch: int, victim: int, counts: Path, rank: int) -> No
 
 def nan_in_gradient(step: int, victim: int, rank: int) -> None:
     """Write a NaN into one gradient of one rank."""
-    from torch.distributed.tensor import DTensor
-
     from fsdp_qlora import trainer
+    from fsdp_qlora.optim import local
 
     clip, calls = trainer.clip_gradients, 0
 
@@ -129,8 +128,7 @@ def nan_in_gradient(step: int, victim: int, rank: int) -> None:
         calls += 1
         if rank == victim and calls == step:
             gradient = next(parameter.grad for parameter in root.parameters() if parameter.grad is not None)
-            assert isinstance(gradient, DTensor)
-            gradient.to_local()[0, 0] = float("nan")
+            local(gradient)[0, 0] = float("nan")
         return clip(root, max_norm)
 
     trainer.clip_gradients = poisoned
