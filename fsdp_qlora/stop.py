@@ -19,6 +19,10 @@ REPEAT_S = 2.0
 sent to every process."""
 
 
+def _ignore(*_: object) -> None:
+    """Handle a signal in Python, which has nothing left to do."""
+
+
 class Stop:
     """Handles the signals for the length of a `with` block.
 
@@ -45,7 +49,7 @@ class Stop:
         self._reader, self._writer = os.pipe()
         os.set_blocking(self._writer, False)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
-        self._before = {number: signal.signal(number, lambda *_: None) for number in SIGNALS}
+        self._before = {number: signal.signal(number, _ignore) for number in SIGNALS}
         self._thread = threading.Thread(target=self._watch, daemon=True, name="signals")
         self._thread.start()
         self._mask_before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
@@ -64,7 +68,13 @@ class Stop:
         os.close(self._reader)
 
     def is_asked(self) -> bool:
-        """Return whether the run is to end."""
+        """Return whether the run is to end; for the main thread.
+
+        LLVM takes the signals over when Triton first compiles a kernel, and drops SIGUSR1, so they are taken back here. What
+        arrives between the two, within the first step, is lost.
+        """
+        for number in SIGNALS:
+            signal.signal(number, _ignore)
         return self.received is not None
 
     def is_ending_start(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
 import subprocess
@@ -58,3 +59,19 @@ def test_a_forked_child_does_not_hold_up_the_end() -> None:
             os._exit(0)
     os.kill(child, signal.SIGKILL)
     os.waitpid(child, 0)
+
+
+def test_a_handler_that_a_library_has_replaced_is_taken_back() -> None:
+    """Triton's LLVM does this when it first compiles."""
+    swallow = ctypes.CFUNCTYPE(None, ctypes.c_int)(lambda _: None)
+    with Stop(speaks=False) as stop:
+        ctypes.CDLL(None).signal(signal.SIGUSR1, swallow)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        time.sleep(0.2)
+        assert not stop.is_asked(), "the library does not swallow it: the test says nothing"
+        os.kill(os.getpid(), signal.SIGUSR1)
+        deadline = time.monotonic() + 10
+        while stop.received is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+    assert stop.received == "SIGUSR1"
