@@ -124,11 +124,11 @@ def test_fp8_halves_the_dequantised_matrix_and_copies_activations(llama_folders:
 
 
 def test_fp8_leaves_experts_as_they_are(tmp_path: Path) -> None:
-    settings = {**COMMON, **FAMILIES["qwen3_moe"], "moe_intermediate_size": 64}
+    settings = {**COMMON, **FAMILIES["qwen3_moe"], "moe_intermediate_size": 64, "head_dim": 32}
     AutoConfig.for_model("qwen3_moe", **settings).save_pretrained(tmp_path)
     shape = model_shape(tmp_path, QuantSettings(fp8=True), LoraSettings(4, 16.0), torch.bfloat16)
     assert shape.largest_matrix == 2 * 64 * 64
-    assert shape.fp8_width == 4 * 24  # of the attention
+    assert shape.fp8_width == 4 * 32  # of the attention
 
 
 NUM_NORMS = {"gemma2": 4, "gemma3_text": 4, "glm4": 4, "cohere": 1, "cohere_qk_norm": 1, "cohere2": 1}
