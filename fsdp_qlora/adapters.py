@@ -21,7 +21,15 @@ from fsdp_qlora.files import FileRecord, write_new, write_tensors
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE, find_adapter, read_record
 from fsdp_qlora.parallel import LossModel
-from fsdp_qlora.peft_format import PREFIX, file_name, is_expert_parameter, layer_config, matrix_names, peft_layer
+from fsdp_qlora.peft_format import (
+    PREFIX,
+    file_name,
+    is_expert_parameter,
+    layer_config,
+    matrix_names,
+    whole_config,
+    whole_names,
+)
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears
 from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.linear import LoRALinear
@@ -78,11 +86,9 @@ def adapter_matrices(root: LossModel, ranks: Ranks) -> Iterator[tuple[str, Tenso
             name = file_name(prefix, layer.name, part, experts)
             yield name, _checked(name, value, layer.adapter_shape(part))
     for whole, module in trained_vocabularies(root.model):
-        name = f"{PREFIX}{peft_layer(prefix, whole)}.weight"
         value = full_tensor(module.weight, ranks.device)
-        yield name, _checked(name, value, (module.num_rows, value.shape[1]))
-        if root.tied:  # PEFT stores the matrix once for each module
-            yield f"{PREFIX}lm_head.weight", value
+        for name in whole_names(prefix, whole, root.tied):
+            yield name, _checked(name, value, (module.num_rows, value.shape[1]))
 
 
 def _checked(name: str, value: Tensor, shape: tuple[int, ...]) -> Tensor:
@@ -96,11 +102,7 @@ def adapter_config(root: LossModel, lora: LoraSettings, base_model: str) -> dict
     adapted, every = {layer.name for layer in lora_layers(root)}, [linear.name for linear in lora_linears(root)]
     experts = adapted.difference(every)
     config = layer_config(lora, base_model, root.adapter_prefix, adapted - experts, every, experts)
-    whole = whole_modules(lora, root.tied)
-    if not whole:
-        return config
-    tying = {"ensure_weight_tying": True} if root.tied else {}
-    return {**config, "modules_to_save": [name.rpartition(".")[2] for name in whole], **tying}
+    return config | whole_config(whole_modules(lora, root.tied), root.tied)
 
 
 def write_adapter(

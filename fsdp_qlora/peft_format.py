@@ -8,11 +8,11 @@ experts; with LoRA on one of the two, its tensors are in experts, and only adapt
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 from fsdp_qlora.quant.expert_lora import EXPERT_PARAMETERS
-from fsdp_qlora.quant.lora import LoraSettings, block_of, is_target_parameter
+from fsdp_qlora.quant.lora import VOCABULARY, LoraSettings, block_of, is_target_parameter
 
 PREFIX = "base_model.model."
 
@@ -50,6 +50,28 @@ def file_name(prefix: str, layer: str, part: str, adapted: Collection[str]) -> s
         wrapper = peft_layer(prefix, experts) + (".base_layer" if nested else "")
     suffix = "" if part == "lora_magnitude_vector" else ".weight"
     return f"{PREFIX}{wrapper}.{part}{suffix}"
+
+
+def whole_names(prefix: str, module: str, tied: bool) -> tuple[str, ...]:
+    """Return the names in PEFT's file of a matrix that is trained whole: one for each module that has it.
+
+    Args:
+        prefix: the family's `adapter_prefix`.
+        module: one of VOCABULARY's values.
+        tied: whether the model's head is its embedding.
+    """
+    modules = (module, VOCABULARY["lm_head"]) if tied else (module,)
+    return tuple(f"{PREFIX}{peft_layer(prefix, name)}.weight" for name in modules)
+
+
+def whole_config(modules: Sequence[str], tied: bool) -> dict[str, Any]:
+    """Return what PEFT's LoraConfig says of modules that are trained whole, given as for `whole_names`."""
+    if not modules:
+        return {}
+    return {
+        "modules_to_save": [name.rpartition(".")[2] for name in modules],
+        **({"ensure_weight_tying": True} if tied else {}),
+    }
 
 
 def matrix_names(names: Collection[str], target_parameters: Iterable[str] | None) -> dict[str, str]:

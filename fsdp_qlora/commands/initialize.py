@@ -32,9 +32,9 @@ from fsdp_qlora.export.standalone import (
     write_checkpoint,
 )
 from fsdp_qlora.models.hub import resolve
-from fsdp_qlora.peft_format import file_name, layer_config
+from fsdp_qlora.peft_format import file_name, layer_config, whole_config, whole_names
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, block_linears
-from fsdp_qlora.quant.lora import adapted_layers
+from fsdp_qlora.quant.lora import adapted_layers, whole_modules
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.weights.index import TensorEntry
 from fsdp_qlora.weights.writer import Part, Sink, Slot
@@ -102,6 +102,12 @@ class Initialization:
             self.matrices[file_name(self.source.family.adapter_prefix, layer, part, ())] = values.cpu()
         return base
 
+    def take(self, module: str) -> None:
+        """Have the adapter hold a module that is trained whole, with the values of the base."""
+        value = self.weights.original(f"{module}.weight").cpu()
+        names = whole_names(self.source.family.adapter_prefix, module, self.source.skeleton.tied)
+        self.matrices |= dict.fromkeys(names, value)
+
     def parts(self) -> list[Part]:
         """Return what PiSSA's base consists of; each residual is made when it is written."""
         layers = {self.source.checkpoint_name(f"{layer}.weight"): layer for layer in self.adapted}
@@ -129,6 +135,7 @@ def run(config: InitializeConfig) -> None:
         layers = [name for name, _ in block_linears(source.skeleton)]
         adapted = adapted_layers(layers, lora)
         _check_ranks(source, lora, adapted)
+        whole = whole_modules(lora, source.skeleton.tied)
         work = Initialization(source, Weights(source, quant, device), lora, adapted, quant, config)
         if config.method == "pissa":
             _write_base(work, output)
@@ -139,13 +146,16 @@ def run(config: InitializeConfig) -> None:
                 work.make(layer)
                 if (done + 1) % 50 == 0:
                     _say(f"{done + 1} of {len(adapted)} matrices")
+        for module in whole:
+            work.take(module)
         base = str(output.resolve()) if config.method == "pissa" else config.model
         peft_config = layer_config(lora, base, source.family.adapter_prefix, adapted, layers)
-        replace_adapter(output / ADAPTER, work.matrices, peft_config)
+        replace_adapter(output / ADAPTER, work.matrices, peft_config | whole_config(whole, source.skeleton.tied))
     plain, left = work.errors
     model = config.output_dir if config.method == "pissa" else config.model
     print(
-        f"done: {len(adapted)} matrices, {time.monotonic() - started:.0f} s; the squared 4-bit error is"
+        f"done: {' + '.join([f'{len(adapted)} matrices', *(name.rpartition('.')[2] for name in whole)])},"
+        f" {time.monotonic() - started:.0f} s; the squared 4-bit error is"
         f" {left / plain:.1%} of what it is without the adapter\n"
         f"train with: --model {model} --adapter {config.output_dir}",
         flush=True,

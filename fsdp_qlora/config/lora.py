@@ -55,7 +55,17 @@ class LoraShape(LoraMatrices):
 
 
 @dataclass(frozen=True)
-class TrainedSettings(LoraMatrices):
+class WholeModules:
+    """What is trained in full beside LoRA."""
+
+    # --- LoRA ---
+    modules_to_save: str | None = None
+    """Modules trained whole beside LoRA and saved with it: embed_tokens, lm_head, or both with a comma between; default:
+    none. Held in float32, with gradient and optimizer state, sharded over the ranks."""
+
+
+@dataclass(frozen=True)
+class TrainedSettings(WholeModules, LoraMatrices):
     """What decides, with the size of the matrices, how much memory training takes."""
 
     # --- LoRA ---
@@ -69,10 +79,6 @@ class TrainedSettings(LoraMatrices):
     """LoRA on the experts of a mixture of experts too: 'experts' for all their matrices, or comma-separated names of PEFT's
     target_parameters, such as mlp.experts.gate_up_proj,mlp.experts.down_proj; default: none. Each expert has matrices of
     lora_rank of its own."""
-
-    modules_to_save: str | None = None
-    """Modules trained whole beside LoRA and saved with it: embed_tokens, lm_head, or both with a comma between; default:
-    none. Held in float32, with gradient and optimizer state, sharded over the ranks."""
 
 
 @dataclass(frozen=True)
@@ -92,7 +98,7 @@ class MethodSettings(TrainedSettings, LoraShape):
 
 
 @dataclass(frozen=True, kw_only=True)
-class InitializeConfig(LoraShape):
+class InitializeConfig(WholeModules, LoraShape):
     """Settings of making the adapter that a training starts from out of the base's matrices."""
 
     # --- input and output ---
@@ -179,14 +185,14 @@ def lora_settings(config: LoraMatrices) -> LoraSettings:
     if isinstance(config, LoraShape):
         alphas = parse_patterns(config.alpha_pattern or "")
         lora = replace(lora, alpha=config.lora_alpha, use_rslora=config.use_rslora, alpha_pattern=alphas)
+    if isinstance(config, WholeModules) and config.modules_to_save is not None:
+        lora = replace(lora, modules_to_save=parse_modules(config.modules_to_save))
     if isinstance(config, TrainedSettings):
-        whole = parse_modules(config.modules_to_save) if config.modules_to_save is not None else ()
         experts = parse_names(config.lora_target_parameters) if config.lora_target_parameters is not None else ()
         lora = replace(
             lora,
             dropout=config.lora_dropout,
             use_dora=config.use_dora,
-            modules_to_save=whole,
             target_parameters=experts,
         )
     if isinstance(config, MethodSettings):

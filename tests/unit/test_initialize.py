@@ -9,9 +9,9 @@ from typing import Any
 import bitsandbytes.functional as bnb
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, PeftModel, get_peft_model, get_peft_model_state_dict
 from peft.utils.loftq_utils import _low_rank_decomposition
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from fsdp_qlora.adapters import open_adapter
@@ -92,6 +92,36 @@ def test_loftq_corrects_the_4bit_error_as_peft_does(base: Path, ranks: Ranks, tm
     assert reference.relative_difference(ours, pefts) < 1e-5
 
 
+@pytest.mark.parametrize("method", ["pissa", "loftq"])
+@pytest.mark.parametrize(("tied", "modules"), [(False, "embed_tokens,lm_head"), (True, "embed_tokens")])
+def test_modules_to_save_are_pefts(ranks: Ranks, tmp_path: Path, method: str, tied: bool, modules: str) -> None:
+    base = save_tiny("llama", tmp_path / "base", num_hidden_layers=2, tie_word_embeddings=tied)
+    output = initialize(base, tmp_path / "output", method=method, modules_to_save=modules)
+    config = LoraConfig(
+        r=4,
+        target_modules="all-linear",
+        modules_to_save=modules.split(","),
+        ensure_weight_tying=tied,
+        task_type="CAUSAL_LM",
+    )
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    expected = get_peft_model_state_dict(get_peft_model(model, config))
+    path = output / "adapter" / WEIGHTS_FILE
+    adapter = load_file(path)
+    whole = {name for name in adapter if "lora_" not in name}
+    assert adapter.keys() == expected.keys()
+    assert len(whole) == 2
+    assert all(adapter[name].equal(expected[name]) for name in whole)
+    # other values than the base's, so that whoever leaves them out is found; a tied head is the embedding
+    noise = {name: torch.randn(adapter[name].shape) * 0.1 for name in sorted(whole)}
+    changed = {name: adapter[name] + noise[min(whole) if tied else name] for name in whole}
+    before, _ = logits_of_both(base if method == "loftq" else output, output, ranks)
+    save_file(adapter | changed, path)
+    ours, pefts = logits_of_both(base if method == "loftq" else output, output, ranks)
+    assert reference.relative_difference(ours, pefts) < 1e-5
+    assert reference.relative_difference(before, ours) > 1e-2
+
+
 def test_scaling_is_taken_out_of_the_factors() -> None:
     generator = torch.Generator().manual_seed(0)
     matrix = torch.randn(24, 3, generator=generator) @ torch.randn(3, 40, generator=generator)
@@ -113,7 +143,7 @@ def test_the_randomised_decomposition_repeats(base: Path, tmp_path: Path) -> Non
 @pytest.mark.parametrize("method", ["pissa", "loftq"])
 def test_training_starts_from_it(tmp_path: Path, method: str) -> None:
     inputs = make_inputs(tmp_path / "inputs")
-    output = initialize(Path(inputs["model"]), tmp_path / "init", method=method)
+    output = initialize(Path(inputs["model"]), tmp_path / "init", method=method, modules_to_save="embed_tokens")
     if method == "pissa":
         inputs["model"] = str(output)
     kept = {name: value for name, value in SETTINGS.items() if name != "lora_rank"}
@@ -123,7 +153,7 @@ def test_training_starts_from_it(tmp_path: Path, method: str) -> None:
     assert len(losses(run_dir)) == 2
     assert "names another base" not in run_dir.with_suffix(".log").read_text()
     config = json.loads((run_dir / "adapter" / CONFIG_FILE).read_text())
-    assert (config["r"], config["lora_alpha"]) == (4, 8)
+    assert (config["r"], config["lora_alpha"], config["modules_to_save"]) == (4, 8, ["embed_tokens"])
 
 
 def test_an_adapter_on_another_base_is_told(tmp_path: Path) -> None:
