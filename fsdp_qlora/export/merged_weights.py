@@ -25,9 +25,8 @@ from fsdp_qlora.quant.lora import VOCABULARY, LoraSettings, pattern_value, whole
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
 from fsdp_qlora.weights.fingerprint import fingerprint
 from fsdp_qlora.weights.index import read_header
-from fsdp_qlora.weights.loader import copy_quantized
 from fsdp_qlora.weights.reader import Reader
-from fsdp_qlora.weights.source import is_quantized, require_finite
+from fsdp_qlora.weights.source import copy_quantized, is_quantized, require_finite
 
 
 @dataclass(frozen=True)

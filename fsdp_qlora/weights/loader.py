@@ -7,9 +7,10 @@ the first, whose ranks send every shard to the ranks that hold the same one, qua
 from __future__ import annotations
 
 import itertools
+import math
 import time
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -26,10 +27,18 @@ from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
 from fsdp_qlora.quant.linear import LoRALinear, initial_lora_A
 from fsdp_qlora.quant.nf4 import dense_bytes, pack_statistics, quantize_blocks, quantize_matrix
 from fsdp_qlora.weights.fingerprint import fingerprint
+from fsdp_qlora.weights.read_ahead import Run
 from fsdp_qlora.weights.reader import Reader
-from fsdp_qlora.weights.source import check_quantized, check_shape, is_quantized, read_quant_state, require_finite
-
-BLOCK_BYTES = BLOCKSIZE // 2
+from fsdp_qlora.weights.source import (
+    BLOCK_BYTES,
+    check_quantized,
+    check_shape,
+    copy_quantized,
+    flat_sources,
+    is_quantized,
+    place,
+    require_finite,
+)
 
 
 @dataclass
@@ -58,7 +67,7 @@ def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str
     seen: set[int] = set()  # tied weights are one tensor
     for module in root.modules():
         for name, parameter in module.named_parameters(recurse=False):
-            if id(parameter) in seen or (isinstance(module, LoRALinear | ExpertLora) and name.startswith("lora_")):
+            if id(parameter) in seen or _is_lora(module, name):
                 continue
             seen.add(id(parameter))
             if name != "packed":
@@ -69,6 +78,10 @@ def check_tensors(reader: Reader, root: nn.Module, names: Mapping[nn.Module, str
             else:
                 assert isinstance(module, LoRALinear)
                 check_matrix(reader, f"{module.name}.weight", module.layout)
+
+
+def _is_lora(module: nn.Module, name: str) -> bool:
+    return isinstance(module, LoRALinear | ExpertLora) and name.startswith("lora_")
 
 
 def check_matrix(reader: Reader, name: str, layout: Layout) -> None:
@@ -126,13 +139,47 @@ class Loader:
             WeightsError, on every rank, if any rank finds a damaged tensor or cannot read one.
         """
         started = time.monotonic()
-        for done, unit in enumerate(units):
-            with agree_on_errors(self.ranks, "loading weights"):
-                self._load_unit(unit)
-            if progress is not None:
-                progress(done + 1, len(units))
+        with self.reader.ahead(list(self._runs(units)) if self._reads else []):
+            for done, unit in enumerate(units):
+                with agree_on_errors(self.ranks, "loading weights"):
+                    self._load_unit(unit)
+                if progress is not None:
+                    progress(done + 1, len(units))
         fingerprints = self._sum_fingerprints()
         return LoadReport(self.reader.bytes_read, self._bytes_received, time.monotonic() - started, fingerprints)
+
+    def _runs(self, units: list[nn.Module]) -> Iterator[Run]:
+        """Yield what this rank will read of the checkpoint, in that order."""
+        seen: set[int] = set()
+        for module in itertools.chain.from_iterable(unit.modules() for unit in units):
+            for name, parameter in module.named_parameters(recurse=False):
+                if id(parameter) in seen or _is_lora(module, name) or self._trained_whole(module, name) is not None:
+                    continue
+                seen.add(id(parameter))
+                for tensor, first, last in self._sources(module, name, parameter):
+                    entry = self.reader.entry(tensor)
+                    size = entry.dtype.itemsize
+                    yield entry.file, entry.start + first * size, (last - first) * size
+
+    def _sources(self, module: nn.Module, name: str, parameter: nn.Parameter) -> Iterator[tuple[str, int, int]]:
+        """Yield (tensor, first, last) for the elements [first, last) that this rank's part of a parameter is made of."""
+        tensors = self.reader.tensors
+        if isinstance(module, LoRALinear) and name == "packed":
+            shard = module.layout.shard_range(self.ranks.shard)
+            yield from flat_sources(tensors, f"{module.name}.weight", module.layout, shard.start, shard.stop)
+        elif isinstance(module, ExpertStack):
+            for index, matrix in enumerate(module.matrix_names()):
+                begin, end = self._part_of_stack(module.layout, index)
+                if begin < end:
+                    yield from flat_sources(tensors, matrix, module.layout, 0, module.layout.num_bytes)
+        else:
+            start, stop = self._rows(_full_shape(module, parameter)[0])
+            row_size = math.prod(parameter.shape[1:])
+            yield f"{self.names[module]}.{name}", start * row_size, stop * row_size
+
+    def _trained_whole(self, module: nn.Module, name: str) -> Tensor | None:
+        """Return the values of a parameter that comes from the adapter in place of the base."""
+        return self.adapter.get(self.names[module]) if self.adapter is not None and name == "weight" else None
 
     def _load_unit(self, unit: nn.Module) -> None:
         failure: WeightsError | None = None
@@ -154,10 +201,11 @@ class Loader:
             return
         local_shape = parameter.to_local().shape if isinstance(parameter, DTensor) else parameter.shape
         target = self.allocate(module, name, local_shape, parameter.dtype)
-        if isinstance(module, LoRALinear | ExpertLora) and name.startswith("lora_"):
+        if _is_lora(module, name):
+            assert isinstance(module, LoRALinear | ExpertLora)
             self._load_lora(module, name, target)
-        elif name == "weight" and self.adapter is not None and self.names[module] in self.adapter:  # trained whole
-            self._load_part(self.adapter[self.names[module]], target)
+        elif (whole := self._trained_whole(module, name)) is not None:
+            self._load_part(whole, target)
         else:
             try:
                 if self._reads:
@@ -257,14 +305,19 @@ class Loader:
         total = torch.zeros((), dtype=torch.int64, device=self.ranks.device)
         target.zero_()
         for index, name in enumerate(stack.matrix_names()):
-            matrix = layout.matrix_range(index)
-            begin, end = max(matrix.start, shard.start), min(matrix.stop, shard.stop)
+            begin, end = self._part_of_stack(layout, index)
             if begin >= end:
                 continue
-            piece = self._whole_matrix(name, layout)[begin - matrix.start : end - matrix.start]
+            first = layout.matrix_range(index).start
+            piece = self._whole_matrix(name, layout)[begin - first : end - first]
             total += fingerprint(piece, begin)
             target[begin - shard.start : end - shard.start] = piece
         self._fingerprints[stack.name] = total
+
+    def _part_of_stack(self, layout: Layout, index: int) -> tuple[int, int]:
+        """Return the bytes [begin, end) of a stack that are of one of its matrices and in this rank's shard."""
+        matrix, shard = layout.matrix_range(index), layout.shard_range(self.ranks.shard)
+        return max(matrix.start, shard.start), min(matrix.stop, shard.stop)
 
     def _whole_matrix(self, name: str, layout: Layout) -> Tensor:
         """Return the bytes of a matrix, uint8 [num_bytes]."""
@@ -280,28 +333,26 @@ class Loader:
         return quantize_matrix(weights, layout)
 
     def _copy_dense(self, name: str, layout: Layout, dtype: torch.dtype, start: int, flat: Tensor) -> None:
-        begin, end = min(start, layout.codes.stop), min(start + flat.numel(), layout.codes.stop)
-        if begin < end:
-            weights = self.reader.read(name, begin // dtype.itemsize, end // dtype.itemsize, flat.device)
+        for _, first, last in flat_sources(self.reader.tensors, name, layout, start, start + flat.numel()):
+            weights = self.reader.read(name, first, last, flat.device)
             require_finite(weights, self.reader, name)
-            flat[: end - begin] = dense_bytes(weights, dtype)
+            flat[: (last - first) * dtype.itemsize] = dense_bytes(weights, dtype)
 
     def _quantize(self, name: str, layout: Layout, start: int, flat: Tensor) -> None:
         failure: WeightsError | None = None
-        begin, end = min(start, layout.codes.stop), min(start + flat.numel(), layout.codes.stop)
-        first, last = begin // BLOCK_BYTES, -(-end // BLOCK_BYTES)
-        count = min(last * BLOCKSIZE, layout.num_weights) - first * BLOCKSIZE if begin < end else 0
-        absmax = torch.zeros(max(last - first, 0), dtype=torch.float32, device=flat.device)
-        if count > 0:
+        block, absmax = 0, torch.empty(0, dtype=torch.float32, device=flat.device)
+        for _, first, last in flat_sources(self.reader.tensors, name, layout, start, start + flat.numel()):
+            block = first // BLOCKSIZE
             try:
-                weights = self.reader.read(name, first * BLOCKSIZE, first * BLOCKSIZE + count, flat.device)
+                weights = self.reader.read(name, first, last, flat.device)
                 require_finite(weights, self.reader, name)
                 codes, absmax = quantize_blocks(weights, layout.quant_type)
-                _place(flat, start, first * BLOCK_BYTES, codes)
+                place(flat, start, block * BLOCK_BYTES, codes)
             except WeightsError as error:
                 failure = error
-        absmax = self._exchange_absmax(absmax, first, layout)
-        _place(flat, start, layout.absmax.start, pack_statistics(absmax, layout))
+                absmax = torch.zeros(-(-(last - first) // BLOCKSIZE), dtype=torch.float32, device=flat.device)
+        absmax = self._exchange_absmax(absmax, block, layout)
+        place(flat, start, layout.absmax.start, pack_statistics(absmax, layout))
         if failure is not None:
             raise failure
 
@@ -334,32 +385,3 @@ class Loader:
             # not of what was received: verifying the gathered bytes then finds errors of the transfer too
             dist.broadcast(total, group_src=0, group=self.ranks.replicate_group)
         return dict(zip(self._fingerprints, total.tolist(), strict=True))
-
-
-def copy_quantized(reader: Reader, name: str, layout: Layout, flat: Tensor, start: int = 0) -> None:
-    """Fill `flat`, zeros, with the bytes from `start` on of the flat parameter of a matrix that is already quantised.
-
-    Raises:
-        WeightsError: scales that are not finite, or a file that cannot be read.
-    """
-    state = read_quant_state(reader, name)
-    sections = [(layout.codes, name), (layout.absmax, name + ".absmax")]
-    if layout.double_quant:
-        sections.append((layout.nested_absmax, name + ".nested_absmax"))
-    for section, tensor in sections:
-        begin, end = max(start, section.start), min(start + flat.numel(), section.stop)
-        if begin < end:
-            piece = flat[begin - start : end - start]
-            reader.read_into(piece, tensor, begin - section.start)
-            if reader.entry(tensor).dtype == torch.float32:
-                require_finite(piece.view(torch.float32), reader, tensor)
-    if layout.double_quant:
-        offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
-        _place(flat, start, layout.offset.start, offset.view(torch.uint8))
-
-
-def _place(flat: Tensor, start: int, position: int, data: Tensor) -> None:
-    """Write the part of `data` (which belongs at byte `position`) that falls into flat, whose first byte is `start`."""
-    begin, end = max(start, position), min(start + flat.numel(), position + data.numel())
-    if begin < end:
-        flat[begin - start : end - start] = data[begin - position : end - position]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 
@@ -13,12 +14,10 @@ from torch import Tensor
 
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.weights.index import TensorEntry
+from fsdp_qlora.weights.read_ahead import PIECE_BYTES, ReadAhead, Run
 
 READERS = 8
 """Threads that read one slice together: a single one leaves fast disks idle."""
-
-PIECE_BYTES = 4 << 20
-"""What a thread reads at a time."""
 
 STAGING_BYTES = 64 << 20
 """Each of the two pinned buffers that bytes for a GPU go through."""
@@ -37,6 +36,7 @@ class Reader:
         self._files: dict[Path, int] = {}
         self._pool: ThreadPoolExecutor | None = None
         self._staging: list[tuple[Tensor, torch.cuda.Event]] = []
+        self._ahead: ReadAhead | None = None
 
     def __enter__(self) -> Reader:
         return self
@@ -51,6 +51,12 @@ class Reader:
             self._pool.shutdown()
             self._pool = None
         self._staging.clear()
+
+    @contextmanager
+    def ahead(self, runs: Iterable[Run]) -> Iterator[None]:
+        """Have what will be read come into the page cache early, while this lasts."""
+        with ReadAhead(runs, READERS) as self._ahead:
+            yield
 
     def read(self, name: str, start: int = 0, stop: int | None = None, device: torch.device | str = "cpu") -> Tensor:
         """Return elements [start, stop) of a tensor in storage order, 1-D in its dtype.
@@ -73,6 +79,8 @@ class Reader:
         else:
             self._read(entry, entry.start + start, data)
         self.bytes_read += data.numel()
+        if self._ahead is not None:
+            self._ahead.loaded(data.numel())
 
     def _read_to_gpu(self, entry: TensorEntry, position: int, data: Tensor) -> None:
         """Read into one pinned buffer while the other is copied."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fsdp_qlora.errors import WeightsError
 from fsdp_qlora.models.families import Family
 from fsdp_qlora.quant.adapt import QuantSettings
-from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout
+from fsdp_qlora.quant.layout import BLOCKSIZE, NESTED_BLOCKSIZE, Layout, Section
 from fsdp_qlora.quant.nf4 import nested_code, weight_code
 from fsdp_qlora.weights.index import TensorEntry
 from fsdp_qlora.weights.reader import Reader
@@ -22,6 +22,9 @@ from fsdp_qlora.weights.reader import Reader
 STATE_KEY = ".quant_state.bitsandbytes__"
 STATISTICS = (".absmax", ".quant_map", ".nested_absmax", ".nested_quant_map")
 CPU = torch.device("cpu")
+
+BLOCK_BYTES = BLOCKSIZE // 2
+"""Bytes of the codes of a block."""
 
 
 def model_names(tensors: Mapping[str, TensorEntry], family: Family) -> dict[str, TensorEntry]:
@@ -133,6 +136,37 @@ def check_quantized(reader: Reader, name: str, layout: Layout) -> None:
             raise WeightsError(f"{reader.entry(part).file}: '{part}' is not bitsandbytes' own code; quantise it again")
 
 
+def flat_sections(tensors: Mapping[str, TensorEntry], name: str, layout: Layout) -> dict[str, Section]:
+    """Return the section of its flat parameter that each tensor of a matrix fills, or is quantised into."""
+    sections = {name: layout.codes}
+    if is_quantized(tensors, name):
+        sections[name + ".absmax"] = layout.absmax
+        if layout.double_quant:
+            sections[name + ".nested_absmax"] = layout.nested_absmax
+    return sections
+
+
+def flat_sources(
+    tensors: Mapping[str, TensorEntry], name: str, layout: Layout, start: int, stop: int
+) -> Iterator[tuple[str, int, int]]:
+    """Yield (tensor, first, last) for the elements [first, last) that bytes [start, stop) of a flat parameter are made of.
+
+    Where they are quantised from wider weights, these are whole blocks.
+    """
+    for tensor, section in flat_sections(tensors, name, layout).items():
+        begin, end = max(start, section.start) - section.start, min(stop, section.stop) - section.start
+        if begin >= end:
+            continue
+        if is_quantized(tensors, name):
+            itemsize = tensors[tensor].dtype.itemsize
+            yield tensor, begin // itemsize, end // itemsize
+        elif layout.dense_dtype is not None:
+            yield tensor, begin // layout.dense_dtype.itemsize, end // layout.dense_dtype.itemsize
+        else:
+            last = min(-(-end // BLOCK_BYTES) * BLOCKSIZE, layout.num_weights)
+            yield tensor, begin // BLOCK_BYTES * BLOCKSIZE, last
+
+
 def check_shape(reader: Reader, name: str, shape: tuple[int, ...]) -> None:
     """Raise WeightsError unless the checkpoint's tensor is a float one of the expected shape."""
     entry = reader.entry(name)
@@ -162,3 +196,30 @@ def require_finite(values: Tensor, reader: Reader, name: str) -> None:
     # both extremes are NaN if any value is; on CPUs this takes a fortieth of isfinite's time for 16-bit values
     if values.numel() and not all(bool(extreme.isfinite()) for extreme in values.aminmax()):
         raise WeightsError(f"{reader.entry(name).file}: '{name}' holds NaN or infinite values; download the file again")
+
+
+def copy_quantized(reader: Reader, name: str, layout: Layout, flat: Tensor, start: int = 0) -> None:
+    """Fill `flat`, zeros, with the bytes from `start` on of the flat parameter of a matrix that is already quantised.
+
+    Raises:
+        WeightsError: scales that are not finite, or a file that cannot be read.
+    """
+    state = read_quant_state(reader, name)
+    sections = flat_sections(reader.tensors, name, layout)
+    for tensor, first, last in flat_sources(reader.tensors, name, layout, start, start + flat.numel()):
+        dtype = reader.entry(tensor).dtype
+        position = sections[tensor].start + first * dtype.itemsize
+        piece = flat[position - start : position - start + (last - first) * dtype.itemsize]
+        reader.read_into(piece, tensor, first * dtype.itemsize)
+        if dtype == torch.float32:
+            require_finite(piece.view(dtype), reader, tensor)
+    if layout.double_quant:
+        offset = torch.tensor([state.offset], dtype=torch.float32, device=flat.device)
+        place(flat, start, layout.offset.start, offset.view(torch.uint8))
+
+
+def place(flat: Tensor, start: int, position: int, data: Tensor) -> None:
+    """Write the part of `data` (which belongs at byte `position`) that falls into flat, whose first byte is `start`."""
+    begin, end = max(start, position), min(start + flat.numel(), position + data.numel())
+    if begin < end:
+        flat[begin - start : end - start] = data[begin - position : end - position]

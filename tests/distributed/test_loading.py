@@ -6,6 +6,7 @@ import dataclasses
 import os
 import shutil
 import time
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,9 @@ from fsdp_qlora.distributed import make_mesh, process_group
 from fsdp_qlora.errors import FsdpQloraError
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.quant.layout import BLOCKSIZE, Layout
+from fsdp_qlora.weights import reader as reader_module
+from fsdp_qlora.weights.read_ahead import ReadAhead, Run
+from fsdp_qlora.weights.reader import Reader
 from tests.distributed.checkpoints import is_block_matrix, save_quantized
 from tests.ranks import run_ranks
 from tests.tiny import save_tiny
@@ -94,6 +98,40 @@ def test_a_quantized_checkpoint_is_shared_out_too(source: Path, tmp_path: Path) 
         assert bytes_read <= share * 1.02 + 3 * described
 
 
+def recorded_reads(folders: list[Path]) -> list[tuple[list[tuple[str, int, int]], list[tuple[str, int, int]]]]:
+    """Load checkpoints; return (file, place, size) of what was to be read ahead, and of what was read then."""
+    results = []
+    with process_group("full", timeout_s=60, device="cpu") as ranks, pytest.MonkeyPatch.context() as patch:
+        planned: list[Run] = []
+        read: list[Run] = []
+
+        def ahead(runs: Iterable[Run], num_threads: int) -> ReadAhead:
+            planned.extend(runs)
+            return ReadAhead([], num_threads)
+
+        def read_into(reader: Reader, data: torch.Tensor, name: str, start: int) -> None:
+            if "quant_" not in name:  # a few bytes that describe a matrix
+                read.append((reader.entry(name).file, reader.entry(name).start + start, data.numel()))
+            original(reader, data, name, start)
+
+        original = Reader.read_into
+        patch.setattr(reader_module, "ReadAhead", ahead)
+        patch.setattr(Reader, "read_into", read_into)
+        for folder in folders:
+            planned.clear(), read.clear()
+            build_model(folder, ranks, QuantSettings(num_shards=ranks.num_shards), LORA, torch.float32)
+            results.append(tuple([(path.name, *place) for path, *place in runs] for runs in (planned, read)))
+    return results
+
+
+def test_what_is_read_ahead_is_what_is_read(source: Path, tmp_path: Path) -> None:
+    folders = [source, save_quantized(source, tmp_path / "nf4"), save_tiny("mixtral", tmp_path / "experts")]
+    for results in run_ranks(recorded_reads, 2, folders):
+        for planned, read in results:
+            assert len(planned) > 10
+            assert planned == read
+
+
 def plant(source: Path, folder: Path, name: str, row: int, value: float) -> Path:
     """Save a copy of a checkpoint with one value changed."""
     folder.mkdir()
@@ -153,7 +191,7 @@ def test_a_failing_disk_of_one_rank_is_an_error_on_every_rank(source: Path) -> N
     started = time.monotonic()
     (first, first_message), (last, last_message) = run_ranks(load_with_bad_disk, 2, source)
     assert (first, last) == ("TrainingError", "WeightsError")
-    assert "model.safetensors: tensor 'model.layers." in last_message
+    assert "model.safetensors: tensor 'model." in last_message
     assert "cannot be read (Input/output error)" in last_message
     assert first_message == f"rank 1 failed while loading weights: {last_message}"
     assert time.monotonic() - started < 45
