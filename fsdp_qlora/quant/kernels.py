@@ -27,27 +27,29 @@ ROWS_PER_PROGRAM = 128
 def _scales(  # type: ignore[no-untyped-def]
     block,
     inside,
-    absmax_ptr,
-    nested_ptr,
-    offset_ptr,
+    flat_ptr,
+    absmax_at,
+    nested_at,
+    offset_at,
     nested_code_ptr,
     DOUBLE_QUANT: tl.constexpr,
     NESTED: tl.constexpr,
 ):
+    fp32_ptr = tl.pointer_type(tl.float32)
     if DOUBLE_QUANT:
-        coded = tl.load(absmax_ptr + block, mask=inside, other=0).to(tl.int32)
-        nested = tl.load(nested_ptr + block // NESTED, mask=inside, other=0.0)
-        return tl.load(nested_code_ptr + coded) * nested + tl.load(offset_ptr)
+        coded = tl.load(flat_ptr + absmax_at + block, mask=inside, other=0).to(tl.int32)
+        nested = tl.load((flat_ptr + nested_at).to(fp32_ptr) + block // NESTED, mask=inside, other=0.0)
+        return tl.load(nested_code_ptr + coded) * nested + tl.load((flat_ptr + offset_at).to(fp32_ptr))
     else:
-        return tl.load(absmax_ptr + block, mask=inside, other=0.0)
+        return tl.load((flat_ptr + absmax_at).to(fp32_ptr) + block, mask=inside, other=0.0)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dequantize_kernel(  # type: ignore[no-untyped-def]
-    codes_ptr,
-    absmax_ptr,
-    nested_ptr,
-    offset_ptr,
+    flat_ptr,
+    absmax_at,
+    nested_at,
+    offset_at,
     nested_code_ptr,
     weight_code_ptr,
     gain_ptr,
@@ -64,11 +66,11 @@ def _dequantize_kernel(  # type: ignore[no-untyped-def]
 ):
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = block * (2 * BLOCK_BYTES) < num_weights
-    scale = _scales(block, inside, absmax_ptr, nested_ptr, offset_ptr, nested_code_ptr, DOUBLE_QUANT, NESTED)
+    scale = _scales(block, inside, flat_ptr, absmax_at, nested_at, offset_at, nested_code_ptr, DOUBLE_QUANT, NESTED)
     if HAS_GAIN:
         scale *= tl.load(gain_ptr)
     position = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
-    byte = tl.load(codes_ptr + position, mask=2 * position < num_weights, other=0).to(tl.int32)
+    byte = tl.load(flat_ptr + position, mask=2 * position < num_weights, other=0).to(tl.int32)
     high = tl.load(weight_code_ptr + (byte >> 4)) * scale[:, None]
     low = tl.load(weight_code_ptr + (byte & 15)) * scale[:, None]
     pair = tl.interleave(high, low).to(out_ptr.dtype.element_ty)
@@ -109,10 +111,10 @@ def dequantize_into(out: Tensor, packed: Tensor, layout: Layout, gain: Tensor | 
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _dequantize_transposed_kernel(  # type: ignore[no-untyped-def]
-    codes_ptr,
-    absmax_ptr,
-    nested_ptr,
-    offset_ptr,
+    flat_ptr,
+    absmax_at,
+    nested_at,
+    offset_at,
     nested_code_ptr,
     weight_code_ptr,
     gain_ptr,
@@ -127,11 +129,11 @@ def _dequantize_transposed_kernel(  # type: ignore[no-untyped-def]
     row = (tl.program_id(1) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     inside = row < out_features
     block = row * blocks_per_row + tl.program_id(0)
-    scale = _scales(block, inside, absmax_ptr, nested_ptr, offset_ptr, nested_code_ptr, DOUBLE_QUANT, NESTED)
+    scale = _scales(block, inside, flat_ptr, absmax_at, nested_at, offset_at, nested_code_ptr, DOUBLE_QUANT, NESTED)
     scale *= tl.load(gain_ptr)
     position = block[:, None] * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES)[None, :]
     # transposed while they are bytes; the two weights of a byte go to neighbouring rows
-    byte = tl.trans(tl.load(codes_ptr + position, mask=inside[:, None], other=0)).to(tl.int32)
+    byte = tl.trans(tl.load(flat_ptr + position, mask=inside[:, None], other=0)).to(tl.int32)
     high = tl.load(weight_code_ptr + (byte >> 4)) * scale[None, :]
     low = tl.load(weight_code_ptr + (byte & 15)) * scale[None, :]
     column = 2 * (tl.program_id(0).to(tl.int64) * BLOCK_BYTES + tl.arange(0, BLOCK_BYTES))
@@ -166,15 +168,10 @@ def dequantize_transposed_into(out: Tensor, packed: Tensor, layout: Layout, gain
     )
 
 
-def _arguments(flat: Tensor, layout: Layout) -> tuple[Tensor, ...]:
-    """Return what both kernels read first: codes, scales, their scales and offset, and the tables of both codes.
+def _arguments(flat: Tensor, layout: Layout) -> tuple[Tensor | int, ...]:
+    """Return what both kernels read first: the bytes, where their sections begin, and the tables of both codes.
 
     Without double_quant the scales of scales, their offset and their table are not read.
     """
-    tables = nested_code(flat.device), weight_code(layout.quant_type, flat.device)
-    absmax = flat[layout.absmax.start : layout.absmax.stop]
-    if not layout.double_quant:
-        absmax = absmax.view(torch.float32)
-        return flat, absmax, absmax, absmax, *tables
-    nested = flat[layout.nested_absmax.start : layout.nested_absmax.stop].view(torch.float32)
-    return flat, absmax, nested, flat[layout.offset.start : layout.offset.stop].view(torch.float32), *tables
+    sections = layout.absmax.start, layout.nested_absmax.start, layout.offset.start
+    return flat, *sections, nested_code(flat.device), weight_code(layout.quant_type, flat.device)

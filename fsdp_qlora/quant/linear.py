@@ -27,15 +27,23 @@ ADAPTER_PARTS = ("lora_A", "lora_B", "lora_magnitude_vector")
 """Names of the parameters that are trained, where they exist."""
 
 
-@torch.library.custom_op("fsdp_qlora::add_product_", mutates_args=("total",))
-def _add_product_op(total: Tensor, left: Tensor, right: Tensor) -> None:
+torch.library.define("fsdp_qlora::add_product_", "(Tensor(a!) total, Tensor left, Tensor right) -> ()")
+
+
+@torch.library.impl("fsdp_qlora::add_product_", "default")
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
     total.addmm_(left, right)
+
+
+@torch.library.register_fake("fsdp_qlora::add_product_")  # type: ignore[untyped-decorator]
+def _(total: Tensor, left: Tensor, right: Tensor) -> None:
+    return
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """Return total + left @ right, in the memory of `total`; of a plain addmm torch.compile would make a copy."""
     if torch.compiler.is_compiling():
-        _add_product_op(total, left, right)
+        torch.ops.fsdp_qlora.add_product_(total, left, right)
         return total
     return total.addmm_(left, right)
 
