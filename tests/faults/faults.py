@@ -134,6 +134,27 @@ def nan_in_gradient(step: int, victim: int, rank: int) -> None:
     trainer.clip_gradients = poisoned
 
 
+def skip_collective(step: int, victim: int, rank: int) -> None:
+    """One rank leaves out the exchange of the gradient norm of a step, as where code asks for the rank before it exchanges."""
+    import torch.distributed as dist
+
+    from fsdp_qlora import trainer
+
+    clip, all_reduce, calls = trainer.clip_gradients, dist.all_reduce, 0
+
+    def clipped(root: Any, max_norm: float) -> Any:
+        nonlocal calls
+        calls += 1
+        if rank == victim and calls == step:
+            dist.all_reduce = lambda *_, **__: None
+        try:
+            return clip(root, max_norm)
+        finally:
+            dist.all_reduce = all_reduce
+
+    trainer.clip_gradients = clipped
+
+
 def kill_in_save(save: int, moment: int, victim: int | None, rank: int) -> None:
     """kill -9 at a moment of a save: before, in the middle of, or after one of its operations on the disk.
 

@@ -27,12 +27,22 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return make_inputs(tmp_path_factory.mktemp("inputs"), hidden_size=256, intermediate_size=512)
 
 
-def start(rank: int, world_size: int, port: int, settings: dict[str, object]) -> subprocess.Popen[str]:
-    """Start one rank of a run; nothing but the run itself ends the others when one fails."""
+def start(
+    rank: int, world_size: int, port: int, settings: dict[str, object], fault: str | None = None
+) -> subprocess.Popen[str]:
+    """Start one rank of a run, with a call of a function of faults.py before it; only the run itself ends the others."""
     environment = {"RANK": rank, "WORLD_SIZE": world_size, "LOCAL_RANK": rank, "LOCAL_WORLD_SIZE": world_size}
     environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    program = [str(TRAIN)]
+    if fault is not None:
+        program = [
+            "-c",
+            f"from tests.faults.faults import *; {fault}; from fsdp_qlora.cli import main; main()",
+            "train",
+        ]
     return subprocess.Popen(
-        [sys.executable, str(TRAIN), *(f"--{name}={value}" for name, value in settings.items())],
+        [sys.executable, *program, *(f"--{name}={value}" for name, value in settings.items())],
+        cwd=TRAIN.parent,
         env=os.environ | {name: str(value) for name, value in environment.items()},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -119,6 +129,26 @@ def test_the_other_rank_ends_in_time_and_says_why(
     assert ranks[0].returncode == 1
     assert seconds < LIMIT_S + 20
     assert reason in said, said[-2000:]
+
+
+def test_a_rank_that_skips_a_collective_ends_the_run(inputs: dict[str, str], tmp_path: Path) -> None:
+    run, port = tmp_path / "run", free_port()
+    settings = {**inputs, "output_dir": run, "context_length": 256, "eval_split": 0, "max_steps": 5000}
+    settings |= {"compile": "off", "timeout_s": LIMIT_S, "lora_rank": 8}
+    ranks = [start(rank, 2, port, settings, f"skip_collective(6, 1, {rank})") for rank in range(2)]
+    try:
+        wait_until(lambda: len(logged(run)) > 4, ranks[0])
+        last_step_at = time.monotonic()
+        said = "".join(process.communicate(timeout=LIMIT_S + 60)[0] for process in ranks)
+    finally:
+        for process in ranks:
+            process.kill()
+    seconds = time.monotonic() - last_step_at
+    print(f"ended after {seconds:.1f} s:", [line for line in said.splitlines() if "error" in line])
+    assert [process.returncode for process in ranks] == [1, 1], said
+    assert seconds < LIMIT_S + 20
+    assert "no progress for" in said
+    assert max(logged(run)) == 5
 
 
 def test_a_signal_to_one_of_two_ranks_saves_and_ends_both(inputs: dict[str, str], tmp_path: Path) -> None:
