@@ -135,7 +135,7 @@ def nan_in_gradient(step: int, victim: int, rank: int) -> None:
 
 
 def skip_collective(step: int, victim: int, rank: int) -> None:
-    """One rank leaves out the exchange of the gradient norm of a step, as where code asks for the rank before it exchanges."""
+    """One rank leaves out the exchange of the gradient norm of a step, as code does that asks for its rank first."""
     import torch.distributed as dist
 
     from fsdp_qlora import trainer
