@@ -186,6 +186,19 @@ def failing_ranks(lab: Lab) -> Iterator[Row]:
         )
 
 
+def skipped_collectives(lab: Lab) -> Iterator[Row]:
+    """F6: let either rank leave out a collective."""
+    seconds: list[float] = []
+    for victim in (0, 1):
+        seconds += lab.attempt(f"F6 rank {victim}", trials.skipped_collective, lab.inputs, lab.new_run(), victim)
+    yield (
+        "F6",
+        f"one of two ranks leaves out a collective of a step; time limit {trials.TIMEOUT_S} s",
+        f"{len(seconds)} / 2 end with an error that names step, rank, collective and the line it is in; longest run"
+        f" {max(seconds, default=float('nan')):.1f} s",
+    )
+
+
 def signals(lab: Lab) -> Iterator[Row]:
     """F3: send signals at every place."""
     cases = [
@@ -294,6 +307,7 @@ TRIALS: dict[str, Callable[[Lab], Iterator[Row]]] = {
     "D1": damage,
     "D3": full_disks,
     "F1": failing_ranks,
+    "F6": skipped_collectives,
     "F3": signals,
     "N2": splits,
     "N3": parity,
@@ -337,7 +351,7 @@ def updated(document: str, rows: list[Row]) -> str:
     block = document.partition("<!-- trials:begin -->")[2].partition("<!-- trials:end -->")[0]
     new = {row[0] for row in rows}
     old = [line for line in block.strip().splitlines()[2:] if line.split(" | ")[0].removeprefix("| ") not in new]
-    order = ["R1", "R2", "R3", "D1", "D3", "F1", "F2", "F3", "N2", "N3", "D2, T1, S2", "-"]
+    order = ["R1", "R2", "R3", "D1", "D3", "F1", "F2", "F3", "F6", "N2", "N3", "D2, T1, S2", "-"]
     found = sorted(old + lines(rows), key=lambda line: order.index(line.split(" | ")[0].removeprefix("| ")))
     table = ["| id | what is done | found | when |", "|---|---|---|---|", *found]
     return replace_block(document, "trials", "\n".join(table))

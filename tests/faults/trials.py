@@ -12,7 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from tests.faults.faults import fail_at, kill_after_step, kill_in_save, nothing
+from tests.faults.faults import fail_at, kill_after_step, kill_in_save, nothing, skip_collective
 from tests.faults.jobs import Job, ended, losses, of_world, start, state, train
 
 TIMEOUT_S = 8
@@ -96,6 +96,19 @@ def failing_rank(
     assert all(line.startswith("error: rank ") for line in errors[1:]), job.printed()
     assert len(errors) == 1 or kind == "pause", job.printed()
     return job, codes, seconds
+
+
+def skipped_collective(inputs: dict[str, str], run: Path, victim: int) -> float:
+    """F6: one of two ranks leaves out a collective of step 3; return the seconds of the run, start-up included."""
+    settings = {**of_world(inputs, 2), "output_dir": run, "timeout_s": TIMEOUT_S}
+    started = time.monotonic()
+    assert train(2, settings, functools.partial(skip_collective, 3, victim)) == [1, 1], printed(run)
+    seconds = time.monotonic() - started
+    assert seconds < TIMEOUT_S + 30
+    assert f"no progress for {TIMEOUT_S} s at step 2" in printed(run)
+    assert "is in all_reduce, called by" in printed(run)
+    assert max(losses(run)) == 2, "nothing is logged of a step of which the ranks hold different results"
+    return seconds
 
 
 def signalled(
