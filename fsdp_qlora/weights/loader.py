@@ -153,9 +153,11 @@ class Loader:
         seen: set[int] = set()
         for module in itertools.chain.from_iterable(unit.modules() for unit in units):
             for name, parameter in module.named_parameters(recurse=False):
-                if id(parameter) in seen or _is_lora(module, name) or self._trained_whole(module, name) is not None:
+                if id(parameter) in seen:  # tied weights
                     continue
                 seen.add(id(parameter))
+                if _is_lora(module, name) or self._trained_whole(module, name) is not None:
+                    continue
                 for tensor, first, last in self._sources(module, name, parameter):
                     entry = self.reader.entry(tensor)
                     size = entry.dtype.itemsize
