@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,9 +12,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.config import TrainConfig
+from fsdp_qlora.distributed import Ranks
 
 FASTER = ("lora_B", "lora_magnitude_vector")
 """Ends of the names of the parameters that LoRA+ gives another learning rate."""
+
+
+BUCKET_BYTES = 64 * 2**20
+"""Gradients that are summed over replicas in one exchange."""
 
 
 def local(value: Tensor) -> Tensor:
@@ -100,6 +106,36 @@ def learning_rate(config: TrainConfig, step: int, num_steps: int) -> float:
     if config.lr_scheduler == "linear":
         return config.lr * (1 - progress)
     return config.lr * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+@torch.no_grad()
+def sum_replicas(root: nn.Module, ranks: Ranks) -> None:
+    """Replace the gradients of parameters that FSDP does not hold by their sums over the ranks that hold copies of them.
+
+    Once a step, after its last micro-batch. Every rank must call this.
+    """
+    if ranks.num_replicas == 1:
+        return
+    parameters = [p for p in root.parameters() if p.requires_grad and not isinstance(p, DTensor)]
+    for bucket in _buckets(parameters):
+        gradients = [p.grad if p.grad is not None else torch.zeros_like(p) for p in bucket]
+        flat = torch.cat([gradient.flatten() for gradient in gradients])
+        dist.all_reduce(flat, group=ranks.replicate_group)
+        pieces = flat.split_with_sizes([p.numel() for p in bucket])
+        for parameter, piece in zip(bucket, pieces, strict=True):
+            parameter.grad = piece.view_as(parameter)
+
+
+def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
+    """Yield runs of parameters of up to BUCKET_BYTES, or of a single one."""
+    bucket: list[nn.Parameter] = []
+    for parameter in parameters:
+        if bucket and sum(p.nbytes for p in bucket) + parameter.nbytes > BUCKET_BYTES:
+            yield bucket
+            bucket = []
+        bucket.append(parameter)
+    if bucket:
+        yield bucket
 
 
 def clip_gradients(root: nn.Module, max_norm: float) -> Tensor:

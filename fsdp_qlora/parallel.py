@@ -265,9 +265,9 @@ def _fully_shard(
         streamed = block.weights is not None
         if offload:
             offloaded |= packed
-        # What stays on the device of a single rank, or is brought there by a WeightStream, FSDP would only copy.
+        # What a rank holds whole on its device, or a WeightStream brings there, FSDP would only copy.
         plain = streamed or not offload
-        if ranks.world_size == 1 and plain and not (offload and memory.offload_lora) and not root.masters:
+        if ranks.num_shards == 1 and plain and not (offload and memory.offload_lora) and not root.masters:
             ignored.update(block.parameters())
             continue
         weights = {layer.packed for layer, _ in packed} if plain and ranks.num_shards == 1 else None

@@ -20,7 +20,7 @@ from fsdp_qlora.errors import Interrupted, TrainingError
 from fsdp_qlora.evaluation import evaluate
 from fsdp_qlora.forward import forward
 from fsdp_qlora.metrics import Metrics, memory_gib
-from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
+from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate, sum_replicas
 from fsdp_qlora.run_folder import Progress
 from fsdp_qlora.samples import Sampler
 from fsdp_qlora.saver import Saver
@@ -103,6 +103,7 @@ class Trainer:
             loss = self.loss(batch) / num_targets
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
+        sum_replicas(self.root, self.ranks)
         norm = clip_gradients(self.root, self.config.max_grad_norm).to(self.ranks.device)
         totals = torch.stack([total, *(total.new_tensor(vote) for vote in votes())])
         dist.all_reduce(totals)
