@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -100,8 +101,8 @@ def _route(top_k_index: Tensor, num_experts: int) -> _Routed:
     experts_N, slots_N = top_k_index.flatten().sort(stable=True)
     numbers = torch.arange(num_experts, device=experts_N.device)
     ends = torch.searchsorted(experts_N, numbers, right=True, out_int32=True)
-    stops = ends.tolist()  # the only wait for the device: bincount would be two more
-    counts = [stop - start for start, stop in zip([0, *stops], stops, strict=False)]
+    # the only wait for the device; bincount would add two
+    counts = [stop - start for start, stop in pairwise([0, *ends.tolist()])]
     return _Routed(slots_N, slots_N // top_k_index.shape[1], counts, ends)
 
 
