@@ -14,7 +14,7 @@ from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears, packed_layers
 from fsdp_qlora.quant.expert_lora import ExpertLora
-from fsdp_qlora.quant.experts import ExpertStack
+from fsdp_qlora.quant.experts import ExpertStack, group_size
 from fsdp_qlora.quant.linear import LoRALinear
 from fsdp_qlora.quant.lora import VOCABULARY
 
@@ -61,8 +61,8 @@ class ModelShape:
         widths: see Widths.
         num_heads: query heads.
         held: what the matrices of the blocks are: 4-bit, 16-bit or 32-bit weights.
-        largest_matrix: bytes of the largest matrix of a block when dequantised, one at a time; 0 where they are held as they
-            compute.
+        largest_matrix: bytes of the largest matrix of a block when dequantised, one at a time, or of those of experts that
+            are dequantised together; 0 where they are held as they compute.
         fp8_width: widest input or output of a layer that computes in fp8, of which there is a copy in fp8 meanwhile.
         largest_packed: bytes of the largest 4-bit parameter, which is one matrix, or that of all experts.
         lora_widths: sums over the linear layers of a block with LoRA: rank, input width, and with DoRA output width.
@@ -197,7 +197,8 @@ def _dequantised_bytes(layer: LoRALinear | ExpertStack, dtype: torch.dtype) -> i
     if layer.layout.dense_dtype == dtype:
         return 0
     in_fp8 = isinstance(layer, LoRALinear) and layer.fp8
-    return layer.layout.num_weights * (1 if in_fp8 else dtype.itemsize)
+    together = group_size(layer.layout, dtype) if isinstance(layer, ExpertStack) else 1
+    return together * layer.layout.num_weights * (1 if in_fp8 else dtype.itemsize)
 
 
 def _rows(rows: int, num_shards: int, shard: int) -> int:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from fsdp_qlora.quant.fp8 import E4M3
+from fsdp_qlora.quant.grouped import Group
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.nf4 import dense_matrix, dequantize_reference
 
@@ -112,6 +113,33 @@ def dequantize(
         below,
     )
     return result
+
+
+def dequantize_experts(packed: Tensor, layout: Layout, group: Group, dtype: torch.dtype) -> Tensor:
+    """Return the matrices of a group's experts [experts, out, in] in `dtype`; those of experts without tokens are unset.
+
+    Outside of torch.compile only.
+
+    Args:
+        packed: gathered flat parameter of all experts, 1-D, storage dtype.
+        layout: its layout.
+    """
+    experts, num_bytes = group.experts, layout.num_bytes
+    flat = packed.view(torch.uint8)[experts.start * num_bytes : experts.stop * num_bytes]
+    shape = layout.out_features, layout.in_features
+    if layout.dense_dtype is not None:  # a view where the dtype is the same
+        rows = flat.view(layout.dense_dtype).view(len(group.counts), -1)[:, : layout.num_weights]
+        return rows.view(-1, *shape).to(dtype)
+    out = torch.empty(len(group.counts), *shape, dtype=dtype, device=packed.device)
+    if packed.is_cuda:
+        from fsdp_qlora.quant.kernels import dequantize_experts_into
+
+        dequantize_experts_into(out, flat, layout, group.ends)
+    else:
+        for expert, _ in group.hit():
+            place = expert - group.first
+            out[place] = dequantize_reference(flat[place * num_bytes : (place + 1) * num_bytes], layout, dtype)
+    return out
 
 
 def _dequantize_fp8(packed: Tensor, layout: Layout, gain: Tensor, transpose: bool) -> Tensor:

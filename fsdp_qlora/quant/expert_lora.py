@@ -129,12 +129,12 @@ class Gradients:
     """Backward of LoRA on the experts of a layer, group by group.
 
     Attributes:
-        lora_A, lora_B: gradients in PEFT's form, float32; whole once every group took part.
+        lora_A, lora_B: gradients in PEFT's form, float32; whole once every group with tokens took part.
     """
 
     def __init__(self, lora_A: Tensor, lora_B: Tensor, factors: Factors) -> None:
         self.factors = factors
-        self.lora_A, self.lora_B = torch.empty_like(lora_A), torch.empty_like(lora_B)
+        self.lora_A, self.lora_B = torch.zeros_like(lora_A), torch.zeros_like(lora_B)
         num_experts = len(factors.A_ERI)
         self._A_ERI = self.lora_A.view(num_experts, -1, lora_A.shape[1])
         self._B_EOR = _by_expert(self.lora_B, num_experts)

@@ -6,26 +6,36 @@ transformers 5 holds the experts of a layer as two stacks in 16 bits, gate and u
 gate, up and down matrix is quantised on its own, as checkpoints store them, and the same matrix of all experts is one flat
 parameter: expert after expert, each with its own statistics. Each of the two stacks may have LoRA (expert_lora.py).
 
-One dequantised matrix is alive at a time, forward and backward; saved for backward are the input, and what gate and up
-gave for the tokens of each expert. All else is made for a group of experts at a time, whose tokens are no more than those of
-the layer's input: small products are many, and what is not one of them should not be done once for each.
+Forward and backward work on a group of experts at a time, of whom only those that have tokens are dequantised: all their
+gate matrices in one launch, then up, then down, and their products in one each. One of the three is alive at a time, at most
+GROUP_BYTES; a group's tokens are no more than those of the layer's input. Saved for backward are the input, and what gate
+and up gave for the tokens of each expert.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fsdp_qlora.quant.dequantize import dequantize
+from fsdp_qlora.quant.dequantize import dequantize_experts
 from fsdp_qlora.quant.expert_lora import ExpertLora, Factors, Gradients, factors_of
-from fsdp_qlora.quant.grouped import Group
+from fsdp_qlora.quant.grouped import Group, grouped_product
 from fsdp_qlora.quant.layout import Layout
 
 PARTS = ("gate_proj", "up_proj", "down_proj")
+
+GROUP_BYTES = 64 << 20
+"""Most bytes of matrices that are dequantised together, where one matrix is not larger."""
+
+
+def group_size(layout: Layout, dtype: torch.dtype) -> int:
+    """Return the most experts whose matrices are dequantised together."""
+    return min(layout.num_matrices, max(1, GROUP_BYTES // (layout.num_weights * dtype.itemsize)))
 
 
 class ExpertStack(nn.Module):
@@ -70,56 +80,48 @@ class _Routed:
     counts: list[int]
     ends: Tensor
 
-    def groups(self, most: int) -> Iterator[tuple[Group, slice]]:
-        """Yield all experts in groups of at most `most` tokens (or of one expert), with their places among N."""
+    def groups(self, most_tokens: int, most_experts: int) -> Iterator[tuple[Group, slice]]:
+        """Yield the experts in groups of so many tokens (or of one expert) and experts, with their places among N.
+
+        A group in which no expert has tokens is left out.
+        """
         first = start = 0
         while first < len(self.counts):
             last, stop = first + 1, start + self.counts[first]
-            while last < len(self.counts) and stop + self.counts[last] - start <= most:
+            limit = min(len(self.counts), first + most_experts)
+            while last < limit and stop + self.counts[last] - start <= most_tokens:
                 stop += self.counts[last]
                 last += 1
-            yield Group(first, self.counts[first:last], self.ends[first:last] - start), slice(start, stop)
+            if stop > start:
+                yield Group(first, self.counts[first:last], self.ends[first:last] - start), slice(start, stop)
             first, start = last, stop
 
 
 def _route(top_k_index: Tensor, num_experts: int) -> _Routed:
-    flat = top_k_index.flatten()
-    slots = flat.argsort(stable=True)
-    counts = torch.bincount(flat, minlength=num_experts)
-    ends = counts.cumsum(0, dtype=torch.int32)
-    return _Routed(slots, slots // top_k_index.shape[1], counts.tolist(), ends)
+    experts_N, slots_N = top_k_index.flatten().sort(stable=True)
+    numbers = torch.arange(num_experts, device=experts_N.device)
+    ends = torch.searchsorted(experts_N, numbers, right=True, out_int32=True)
+    # the only wait for the device; bincount would add two
+    counts = [stop - start for start, stop in pairwise([0, *ends.tolist()])]
+    return _Routed(slots_N, slots_N // top_k_index.shape[1], counts, ends)
 
 
-def _matrix(packed: Tensor, layout: Layout, expert: int, dtype: torch.dtype, use: str) -> Tensor:
-    """Return one expert's matrix [out, in]."""
-    section = layout.matrix_range(expert)
-    return dequantize(packed.view(torch.uint8)[section.start : section.stop], layout, dtype, use)
+def _outputs(x_NI: Tensor, packed: Tensor, layout: Layout, group: Group) -> Tensor:
+    """Return x W_e^T for the tokens of a group, [tokens, out]."""
+    return grouped_product(x_NI, dequantize_experts(packed, layout, group, x_NI.dtype), group)
 
 
-def _product(total: Tensor, left: Tensor, right: Tensor, add: bool) -> None:
-    """Set `total` to left @ right, or add that to it."""
-    if add:
-        total.addmm_(left, right)
-    else:
-        torch.mm(left, right, out=total)
+def _input_gradients(dy_NO: Tensor, packed: Tensor, layout: Layout, group: Group) -> Tensor:
+    """Return dy W_e for the tokens of a group, [tokens, in]."""
+    return grouped_product(dy_NO, dequantize_experts(packed, layout, group, dy_NO.dtype).transpose(1, 2), group)
 
 
-def _outputs(y_NO: Tensor, x_NI: Tensor, packed: Tensor, layout: Layout, group: Group, add: bool) -> None:
-    """Set y to x W_e^T, or add that to it, for the tokens of a group."""
-    for expert, run in group.hit():
-        _product(y_NO[run], x_NI[run], _matrix(packed, layout, expert, x_NI.dtype, "forward").t(), add)
-
-
-def _input_gradients(dx_NI: Tensor, dy_NO: Tensor, packed: Tensor, layout: Layout, group: Group, add: bool) -> None:
-    """Set dx to dy W_e, or add that to it, for the tokens of a group."""
-    for expert, run in group.hit():
-        _product(dx_NI[run], dy_NO[run], _matrix(packed, layout, expert, dy_NO.dtype, "backward"), add)
-
-
-def _add_to_tokens(total_TD: Tensor, rows_ND: Tensor, tokens_N: Tensor, group: Group) -> None:
-    """Add each row to its token; an expert at a time, in which no token comes twice: always in the same order."""
-    for _, run in group.hit():
-        total_TD.index_add_(0, tokens_N[run], rows_ND[run])
+def _add_to_tokens(total_TD: Tensor, rows_ND: Tensor, tokens_N: Tensor) -> None:
+    """Add each row to its token, always in the same order."""
+    if total_TD.is_cuda:  # sorts; index_add_ is in no order, index_put_ waits for the device to check the indices
+        torch._index_put_impl_(total_TD, (tokens_N,), rows_ND, accumulate=True, unsafe=True)
+    else:  # row by row, where index_put_ is in no order on several threads
+        total_TD.index_add_(0, tokens_N, rows_ND)
 
 
 @dataclass(frozen=True)
@@ -176,21 +178,22 @@ class ExpertsFunction(torch.autograd.Function):
         gate_up_N2I = x_TD.new_empty(len(routed.slots_N) if keeps else 0, 2 * inner)
         weights_N = weights_TK.flatten()[routed.slots_N]
         y_TD = torch.empty_like(x_TD) if skip_product else torch.zeros_like(x_TD)
-        for group, rows in routed.groups(len(x_TD)):
+        for group, rows in routed.groups(len(x_TD), group_size(layouts[0], x_TD.dtype)):
             tokens = routed.tokens_N[rows]
             x = x_TD[tokens]
             gate_up = gate_up_N2I[rows] if keeps else x.new_empty(len(x), 2 * inner)
-            if lora_gate_up is not None:
-                gate_up.copy_(lora_gate_up.output(x, group))
             g, u = gate_up.chunk(2, dim=1)
-            _outputs(g, x, gate, layouts[0], group, add=lora_gate_up is not None)
-            _outputs(u, x, up, layouts[1], group, add=lora_gate_up is not None)
+            g.copy_(_outputs(x, gate, layouts[0], group))
+            u.copy_(_outputs(x, up, layouts[1], group))
+            if lora_gate_up is not None:
+                gate_up += lora_gate_up.output(x, group)
             if skip_product:
                 continue
             h = settings.act(g) * u
-            y = torch.empty_like(x) if lora_down is None else lora_down.output(h, group)
-            _outputs(y, h, down, layouts[2], group, add=lora_down is not None)
-            _add_to_tokens(y_TD, y.mul_(weights_N[rows, None]), tokens, group)
+            y = _outputs(h, down, layouts[2], group)
+            if lora_down is not None:
+                y += lora_down.output(h, group)
+            _add_to_tokens(y_TD, y.mul_(weights_N[rows, None]), tokens)
         ctx.save_for_backward(x_TD, weights_N, gate_up_N2I, gate, up, down, *lora)
         ctx.routed, ctx.settings, ctx.weights_shape = routed, settings, weights_TK.shape
         return y_TD
@@ -205,21 +208,23 @@ class ExpertsFunction(torch.autograd.Function):
         of_gate_up, of_down = settings.gradients(lora, dy_TD.dtype)
         dx_TD = torch.zeros_like(x_TD)
         dweights_N = torch.empty_like(weights_N)
-        for group, rows in routed.groups(len(x_TD)):
+        for group, rows in routed.groups(len(x_TD), group_size(layouts[0], dy_TD.dtype)):
             tokens, weights = routed.tokens_N[rows], weights_N[rows, None]
             gate_up = gate_up_N2I[rows].detach().requires_grad_()
             with torch.enable_grad():
                 g, u = gate_up.chunk(2, dim=1)
                 h = settings.act(g) * u
             dy = dy_TD[tokens]
-            dh = torch.empty_like(h) if of_down is None else of_down.add(h.detach(), dy, group, weights)
-            _input_gradients(dh, dy, down, layouts[2], group, add=of_down is not None)
+            dh = _input_gradients(dy, down, layouts[2], group)
+            if of_down is not None:
+                dh += of_down.add(h.detach(), dy, group, weights)
             dweights_N[rows] = (dh * h.detach()).sum(1, dtype=torch.float32).to(dweights_N.dtype)
             (dgate_up,) = torch.autograd.grad(h, gate_up, (dh * weights).to(h.dtype))
-            dx = torch.empty_like(dy) if of_gate_up is None else of_gate_up.add(x_TD[tokens], dgate_up, group)
-            _input_gradients(dx, dgate_up[:, :inner], gate, layouts[0], group, add=of_gate_up is not None)
-            _input_gradients(dx, dgate_up[:, inner:], up, layouts[1], group, add=True)
-            _add_to_tokens(dx_TD, dx, tokens, group)
+            dx = _input_gradients(dgate_up[:, :inner], gate, layouts[0], group)
+            dx += _input_gradients(dgate_up[:, inner:], up, layouts[1], group)
+            if of_gate_up is not None:
+                dx += of_gate_up.add(x_TD[tokens], dgate_up, group)
+            _add_to_tokens(dx_TD, dx, tokens)
         dweights = torch.empty_like(dweights_N)
         dweights[routed.slots_N] = dweights_N
         return dx_TD, dweights.view(ctx.weights_shape), *(None,) * 6, *_matrices((of_gate_up, of_down))

@@ -1,7 +1,8 @@
 """Products of the tokens of each expert with that expert's own matrix, for several experts at once.
 
 The tokens are sorted by expert: those of the first expert come first. PyTorch's grouped kernel makes one launch of all
-the products; on GPUs it is for bf16, and it wants rows of whole 16 bytes. Others take one product for each expert.
+the products; on GPUs it is for bf16 on Hopper and Blackwell, and it wants rows of whole 16 bytes. Others take one product
+for each expert.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ def grouped_product(x_NI: Tensor, weight_EOI: Tensor, group: Group) -> Tensor:
     """Return x W_e^T [tokens, out] with the matrix of each token's expert.
 
     Args:
-        weight_EOI: the matrices of the group's experts.
+        weight_EOI: the matrices of the group's experts; of one without tokens nothing is read.
     """
     if _fits_kernel(x_NI) and _fits_kernel(weight_EOI):
         return F.grouped_mm(x_NI, weight_EOI.transpose(1, 2), offs=group.ends)
@@ -74,8 +75,10 @@ def grouped_outer(left_NO: Tensor, right_NI: Tensor, group: Group) -> Tensor:
 
 
 def _fits_kernel(tensor: Tensor) -> bool:
+    # on other GPUs torch makes the products one by one too, and waits for the device to learn where they end
     if tensor.is_cuda and not (
-        tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device) >= (8, 0)
+        tensor.dtype == torch.bfloat16 and torch.cuda.get_device_capability(tensor.device)[0] in (9, 10)
     ):
         return False
-    return all(stride == 1 or stride * tensor.itemsize % 16 == 0 for stride in tensor.stride())
+    strides = (stride for stride in tensor.stride() if stride != 1)
+    return tensor.data_ptr() % 16 == 0 and all(stride * tensor.itemsize % 16 == 0 for stride in strides)

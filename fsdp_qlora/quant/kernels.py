@@ -110,6 +110,71 @@ def dequantize_into(out: Tensor, packed: Tensor, layout: Layout, gain: Tensor | 
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _dequantize_experts_kernel(  # type: ignore[no-untyped-def]
+    flat_ptr,
+    absmax_at,
+    nested_at,
+    offset_at,
+    nested_code_ptr,
+    weight_code_ptr,
+    ends_ptr,
+    out_ptr,
+    matrix_bytes,
+    num_weights,
+    DOUBLE_QUANT: tl.constexpr,
+    NESTED: tl.constexpr,
+    BLOCK_BYTES: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    expert = tl.program_id(1)
+    start = tl.load(ends_ptr + expert - 1, mask=expert > 0, other=0)
+    if start < tl.load(ends_ptr + expert):
+        _dequantize_kernel(
+            flat_ptr + expert.to(tl.int64) * matrix_bytes,
+            absmax_at,
+            nested_at,
+            offset_at,
+            nested_code_ptr,
+            weight_code_ptr,
+            flat_ptr,
+            out_ptr + expert.to(tl.int64) * num_weights,
+            num_weights,
+            num_weights,
+            num_weights,
+            DOUBLE_QUANT,
+            NESTED,
+            False,
+            True,
+            BLOCK_BYTES,
+            BLOCKS,
+        )
+
+
+def dequantize_experts_into(out: Tensor, packed: Tensor, layout: Layout, ends: Tensor) -> None:
+    """Write the matrices of experts that have tokens, in one launch, on a CUDA device.
+
+    Args:
+        out: [experts, out, in], contiguous; any floating dtype. Matrices of experts without tokens are left as they are.
+        packed: uint8 [experts * layout.num_bytes], the experts' own part of a gathered flat parameter.
+        layout: of one of the matrices.
+        ends: where the tokens of each expert end, int32 [experts].
+    """
+    _dequantize_experts_kernel[(triton.cdiv(layout.num_blocks, BLOCKS_PER_PROGRAM), len(ends))](
+        *_arguments(packed, layout),
+        ends,
+        out,
+        layout.num_bytes,
+        layout.num_weights,
+        DOUBLE_QUANT=layout.double_quant,
+        NESTED=NESTED_BLOCKSIZE,
+        BLOCK_BYTES=BLOCK_BYTES,
+        BLOCKS=BLOCKS_PER_PROGRAM,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _dequantize_transposed_kernel(  # type: ignore[no-untyped-def]
     flat_ptr,
     absmax_at,
@@ -169,7 +234,7 @@ def dequantize_transposed_into(out: Tensor, packed: Tensor, layout: Layout, gain
 
 
 def _arguments(flat: Tensor, layout: Layout) -> tuple[Tensor | int, ...]:
-    """Return what both kernels read first: the bytes, where their sections begin, and the tables of both codes.
+    """Return what all kernels read first: the bytes, where their sections begin, and the tables of both codes.
 
     Without double_quant the scales of scales, their offset and their table are not read.
     """

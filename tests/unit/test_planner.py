@@ -18,6 +18,7 @@ from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.plan.planner import SLACK, Run, estimate
+from fsdp_qlora.quant import experts
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
 from tests.tiny import COMMON, FAMILIES, save_tiny
@@ -127,8 +128,21 @@ def test_fp8_leaves_experts_as_they_are(tmp_path: Path) -> None:
     settings = {**COMMON, **FAMILIES["qwen3_moe"], "moe_intermediate_size": 64, "head_dim": 32}
     AutoConfig.for_model("qwen3_moe", **settings).save_pretrained(tmp_path)
     shape = model_shape(tmp_path, QuantSettings(fp8=True), LoraSettings(4, 16.0), torch.bfloat16)
-    assert shape.largest_matrix == 2 * 64 * 64
+    assert shape.largest_matrix == FAMILIES["qwen3_moe"]["num_experts"] * 2 * 64 * 64
     assert shape.fp8_width == 4 * 32  # of the attention
+
+
+@pytest.mark.parametrize(("group_bytes", "together"), [(1, 1), (4 * 2 * 96 * 64 + 1, 4), (2**30, 6)])
+def test_experts_that_are_dequantised_together_are_counted(
+    group_bytes: int, together: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(experts, "GROUP_BYTES", group_bytes)
+    settings = {**COMMON, **FAMILIES["qwen3_moe"], "moe_intermediate_size": 96, "num_experts": 6}
+    AutoConfig.for_model("qwen3_moe", **settings).save_pretrained(tmp_path)
+    for quant_type in ("nf4", "none"):
+        shape = model_shape(tmp_path, QuantSettings(quant_type), LoraSettings(4, 16.0), torch.bfloat16)
+        expected = max(together * 2 * 96 * 64, 2 * 96 * 64) if quant_type == "nf4" else 0
+        assert shape.largest_matrix == expected
 
 
 NUM_NORMS = {"gemma2": 4, "gemma3_text": 4, "glm4": 4, "cohere": 1, "cohere_qk_norm": 1, "cohere2": 1}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import replace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,56 +15,19 @@ from torch import Tensor
 
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.models.skeleton import build_skeleton
+from fsdp_qlora.quant import dequantize as dequantize_module
 from fsdp_qlora.quant import experts as experts_module
 from fsdp_qlora.quant.adapt import QuantSettings, quantize_and_adapt
-from fsdp_qlora.quant.expert_lora import ExpertLora
-from fsdp_qlora.quant.experts import PARTS, QuantizedExperts
+from fsdp_qlora.quant.dequantize import dequantize, dequantize_experts
+from fsdp_qlora.quant.experts import PARTS, QuantizedExperts, group_size
+from fsdp_qlora.quant.grouped import Group
 from fsdp_qlora.quant.layout import Layout
 from fsdp_qlora.quant.nf4 import dequantize_reference, quantize_matrix
+from tests.experts import CHOICES, EXPERTS, HIDDEN, IDLE, INNER, TOKENS, make_experts, make_inputs
 from tests.tiny import save_tiny
 
-EXPERTS, HIDDEN, INNER, TOKENS, CHOICES = 5, 48, 72, 9, 2
-IDLE = 3
-"""An expert that no token is sent to."""
-
-SCALINGS = 1.5, 0.7
-
-
-def make_experts(rank: int = 0) -> tuple[QuantizedExperts, dict[str, Tensor]]:
-    """Return experts with random values on the CPU, and their matrices as quantised, float64 [experts, out, in].
-
-    Args:
-        rank: of the LoRA on all of them; 0: none.
-    """
-    generator = torch.Generator().manual_seed(0)
-    wide = Layout(INNER, HIDDEN, num_matrices=EXPERTS)
-    narrow = replace(wide, out_features=HIDDEN, in_features=INNER)
-    pairs = (
-        ExpertLora("experts.gate_up_proj", EXPERTS, HIDDEN, 2 * INNER, rank, SCALINGS[0]),
-        ExpertLora("experts.down_proj", EXPERTS, INNER, HIDDEN, rank, SCALINGS[1]),
-    )
-    experts = QuantizedExperts("experts", (wide, wide, narrow), F.silu, pairs if rank else (None, None))
-    experts.to_empty(device="cpu")
-    for name, parameter in experts.named_parameters():
-        if "lora" in name:
-            parameter.data.normal_(std=0.3, generator=generator)
-    matrices = {}
-    for part, layout in zip(PARTS, experts.layouts, strict=True):
-        shape = (layout.out_features, layout.in_features)
-        flat = [quantize_matrix(torch.randn(shape, generator=generator) * 0.2, layout) for _ in range(EXPERTS)]
-        stack = getattr(experts, part)
-        stack.packed.data.copy_(torch.cat(flat).view(layout.storage_dtype))
-        matrices[part] = torch.stack([dequantize_reference(one, layout, torch.float32) for one in flat]).double()
-    return experts, matrices
-
-
-def make_inputs() -> tuple[Tensor, Tensor, Tensor]:
-    """Return hidden states, chosen experts and their weights."""
-    generator = torch.Generator().manual_seed(1)
-    scores = torch.rand(TOKENS, EXPERTS, generator=generator)
-    scores[:, IDLE] = 0
-    weights, index = scores.topk(CHOICES)
-    return torch.randn(TOKENS, HIDDEN, generator=generator).requires_grad_(), index, weights.requires_grad_()
+MATRIX_BYTES = 4 * HIDDEN * INNER
+"""Of one expert's matrix in float32."""
 
 
 def lora_products(experts: QuantizedExperts) -> list[tuple[Tensor, Tensor, Tensor]]:
@@ -137,28 +100,102 @@ def test_bytes_are_bitsandbytes_of_each_matrix() -> None:
         assert own[layout.offset.start : layout.offset.stop].view(torch.float32).equal(state.offset.reshape(1))
 
 
-def test_one_matrix_at_a_time_and_only_of_experts_that_are_hit(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def unset_is_nan(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Have PyTorch fill what it does not set with NaN."""
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("unset_is_nan")
+@pytest.mark.parametrize("double_quant", [True, False])
+@pytest.mark.parametrize("quant_type", ["nf4", "fp4", "bfloat16"])
+@pytest.mark.parametrize("counts", [[1, 2, 1, 3, 1], [2, 1, 4], [0, 3, 0, 1], [7]])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_matrices_of_a_group_are_those_of_each_expert(
+    quant_type: str, double_quant: bool, counts: list[int], dtype: torch.dtype
+) -> None:
+    layout = Layout(33, 26, quant_type, double_quant, num_matrices=5)
+    generator = torch.Generator().manual_seed(0)
+    flat = [quantize_matrix(torch.randn(33, 26, generator=generator), layout) for _ in range(5)]
+    packed = torch.cat(flat).view(layout.storage_dtype)
+    for first in range(5 - len(counts) + 1):
+        group = Group(first, counts, torch.tensor(counts).cumsum(0, dtype=torch.int32))
+        found = dequantize_experts(packed, layout, group, dtype)
+        assert found.shape == (len(counts), 33, 26)
+        assert found.dtype == dtype
+        for expert, _ in group.hit():
+            assert found[expert - first].equal(dequantize(flat[expert], layout, dtype, "forward"))
+
+
+def test_a_groups_matrices_at_a_time_and_only_of_experts_that_are_hit(monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[weakref.ref[Tensor]] = []
-    most = [0]
-    real = experts_module.dequantize
+    alive, sizes, alone = [0], [0], [0]
 
-    def watched(packed: Tensor, layout: Layout, dtype: torch.dtype, use: str) -> Tensor:
-        matrix = real(packed, layout, dtype, use)
-        made.append(weakref.ref(matrix))
-        most[0] = max(most[0], sum(one() is not None for one in made))
-        return matrix
+    def watched(packed: Tensor, layout: Layout, group: Group, dtype: torch.dtype) -> Tensor:
+        matrices = dequantize_experts(packed, layout, group, dtype)
+        made.append(weakref.ref(matrices))
+        alive.append(sum(one() is not None for one in made))
+        sizes.append(matrices.nbytes)
+        return matrices
 
-    monkeypatch.setattr(experts_module, "dequantize", watched)
+    def counted(packed: Tensor, layout: Layout, dtype: torch.dtype) -> Tensor:
+        alone[0] += 1
+        return dequantize_reference(packed, layout, dtype)
+
+    monkeypatch.setattr(experts_module, "dequantize_experts", watched)
+    monkeypatch.setattr(dequantize_module, "dequantize_reference", counted)
+    monkeypatch.setattr(experts_module, "GROUP_BYTES", 3 * MATRIX_BYTES - 1)
     experts, _ = make_experts(rank=4)
     x, index, weights = make_inputs()
     hit = len(index.unique())
     assert hit == EXPERTS - 1
     output = experts(x, index, weights)
-    assert len(made) == 3 * hit
+    assert alone[0] == 3 * hit
     output.sum().backward()
-    assert len(made) == 6 * hit
-    assert most[0] == 1
+    assert alone[0] == 6 * hit
+    assert max(alive) == 1
+    assert max(sizes) == 2 * MATRIX_BYTES
+    assert group_size(experts.layouts[0], torch.float32) == 2
     assert not any(one() is not None for one in made)
+
+
+@pytest.mark.usefixtures("unset_is_nan")
+@pytest.mark.parametrize("rank", [0, 3, 8])
+@pytest.mark.parametrize("num_tokens", [1, TOKENS])
+def test_groups_change_nothing(rank: int, num_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also not groups in which no expert has tokens, and with one token as in generation."""
+    results = []
+    for group_bytes in (1, 2 * MATRIX_BYTES, EXPERTS * MATRIX_BYTES):
+        monkeypatch.setattr(experts_module, "GROUP_BYTES", group_bytes)
+        experts, _ = make_experts(rank)
+        inputs = [tensor.detach()[:num_tokens] for tensor in make_inputs()]
+        x, weights = (inputs[place].requires_grad_() for place in (0, 2))
+        output = experts(x, inputs[1], weights)
+        output.sum().backward()
+        trained = [parameter.grad for parameter in experts.parameters() if parameter.requires_grad]
+        results.append([output, x.grad, weights.grad, *trained])
+    for one, *others in zip(*results, strict=True):
+        assert one.isfinite().all()
+        assert all(other.equal(one) for other in others)
+
+
+@pytest.mark.parametrize("counts", [[3, 0, 2, 2, 0, 0, 0, 1], [9, 9], [0, 0, 0, 5]])
+def test_groups_hold_every_token_once(counts: list[int]) -> None:
+    ends = torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    routed = experts_module._Routed(torch.empty(0), torch.empty(0), counts, ends)
+    hit: list[tuple[int, int]] = []
+    stop = 0
+    for group, rows in routed.groups(4, 3):
+        assert len(group.counts) <= 3
+        assert 0 < group.num_tokens <= max(4, group.counts[0])
+        assert rows == slice(stop, stop + group.num_tokens)
+        assert group.ends.tolist() == torch.tensor(group.counts).cumsum(0).tolist()
+        hit += [(expert, run.stop - run.start) for expert, run in group.hit()]
+        stop = rows.stop
+    assert hit == [(expert, count) for expert, count in enumerate(counts) if count]
 
 
 def test_saves_activations_of_the_choices_and_no_matrix() -> None:
