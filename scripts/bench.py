@@ -23,6 +23,7 @@ import fire
 import random_checkpoint
 import torch
 from torch.profiler import ProfilerActivity, profile
+from trace_report import KINDS, OTHER, covered, hull, kind_of
 from transformers import LlamaConfig
 
 from fsdp_qlora.build import BuiltModel, build_model
@@ -33,15 +34,6 @@ from fsdp_qlora.optim import build_optimizer, clip_gradients
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.quant.fp8 import CAPABILITY, quantize_rows
-
-KINDS = {
-    "attention": ("flash", "fmha"),
-    "matmul": ("gemm", "nvjet", "cutlass", "sm90_xmma", "cublas"),
-    "dequantise": ("dequantize",),
-    "copies": ("memcpy", "copy_kernel", "direct_copy"),
-    "optimizer": ("adam", "multi_tensor"),
-}
-"""How kernels are told apart in a profile, by parts of their names; what matches nothing is pointwise."""
 
 
 def measured_rates() -> dict[str, float]:
@@ -159,15 +151,13 @@ def _profile(step: Callable[[], float], path: str) -> dict[str, float]:
         torch.cuda.synchronize()
     if path:
         result.export_chrome_trace(path)
-    totals: dict[str, float] = dict.fromkeys([*KINDS, "pointwise and other"], 0.0)
+    totals: dict[str, float] = dict.fromkeys([*KINDS, OTHER], 0.0)
     kernels = [e for e in result.key_averages() if _on_gpu(e)]
     for event in kernels:
-        name = event.key.lower()
-        kind = next(
-            (kind for kind, parts in KINDS.items() if any(part in name for part in parts)), "pointwise and other"
-        )
-        totals[kind] += event.self_device_time_total / 1e3
-    totals["idle"] = _idle_ms([(e.time_range.start, e.time_range.end) for e in result.events() if _on_gpu(e)])
+        totals[kind_of(event.key)] += event.self_device_time_total / 1e3
+    spans = [(e.time_range.start, e.time_range.end) for e in result.events() if _on_gpu(e)]
+    first, last = hull(spans)
+    totals["idle"] = (last - first - covered(spans)) / 1e3
     for event in sorted(kernels, key=lambda event: -event.self_device_time_total)[:18]:
         print(f"  {event.self_device_time_total / 1e3:8.1f} ms {event.count:5d} x {event.key[:100]}")
     return totals
@@ -175,16 +165,6 @@ def _profile(step: Callable[[], float], path: str) -> dict[str, float]:
 
 def _on_gpu(event: Any) -> bool:
     return bool(event.device_type == torch.autograd.DeviceType.CUDA)
-
-
-def _idle_ms(spans: list[tuple[float, float]]) -> float:
-    """Return for how long nothing ran between the first start and the last end, of spans in microseconds."""
-    busy, end = 0.0, min(start for start, _ in spans)
-    first = end
-    for start, stop in sorted(spans):
-        busy += max(0.0, stop - max(start, end))
-        end = max(end, stop)
-    return (end - first - busy) / 1e3
 
 
 @dataclass
