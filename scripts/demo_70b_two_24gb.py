@@ -103,7 +103,15 @@ def main(
         "overwrite": "true",
         **flags,
     }
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(ranks), str(ROOT / "train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        str(ranks),
+        str(ROOT / "train.py"),
+    ]
     command += [f"--{name}={value}" for name, value in settings.items()]
     started = time.monotonic()
     process = subprocess.Popen(command)
