@@ -256,6 +256,13 @@ def sum_over_ranks(value: int | float) -> float:
     return float(total.item())
 
 
+def largest_of_ranks(value: int) -> int:
+    """Return the largest of the ranks' numbers; exchanged like a sum (`sum_over_ranks`)."""
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return int(largest.item())
+
+
 def end_together(is_asked: bool, doing: str) -> None:
     """Raise Interrupted, on every rank, if any rank was asked to end. Every rank must call this."""
     if sum_over_ranks(is_asked):

@@ -56,14 +56,21 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         grad_TD, *of_head = ctx.saved_tensors
-        scaled = torch.empty_like(grad_TD)
-        # in float32, as rounding the factor to bf16 would change all gradients by up to 0.2 %; in runs, to save memory
-        for start in range(0, grad_TD.shape[0], SCALED_ROWS):
-            rows = slice(start, start + SCALED_ROWS)
-            scaled[rows] = grad_TD[rows].float() * grads[0].float()
         # in place, as it is the largest tensor of a step
         of_rows = ctx.reduce(of_head[0].mul_(grads[0])) if of_head else None
-        return scaled, None, None, None, of_rows, None
+        return scaled_gradient(grad_TD, grads[0]), None, None, None, of_rows, None
+
+
+def scaled_gradient(grad_TD: Tensor, factor: Tensor) -> Tensor:
+    """Return the gradient times a scalar.
+
+    In float32, as rounding the factor to bf16 would change all gradients by up to 0.2 %; in runs of rows, to save memory.
+    """
+    scaled = torch.empty_like(grad_TD)
+    for start in range(0, grad_TD.shape[0], SCALED_ROWS):
+        rows = slice(start, start + SCALED_ROWS)
+        scaled[rows] = grad_TD[rows].float() * factor.float()
+    return scaled
 
 
 def _chunk_rows(head_VD: Tensor) -> int:
@@ -75,29 +82,77 @@ def _cross_entropy(
 ) -> tuple[Tensor, Tensor]:
     """Return the sum of the losses, float32, and, if wanted, its gradient for the logits, which may be in their memory."""
     if logits_TV.is_cuda:
-        from fsdp_qlora.loss_kernel import cross_entropy_
+        from fsdp_qlora import loss_kernel
 
-        return cross_entropy_(logits_TV, labels_T, softcap, needs_grad, IGNORE).sum(), logits_TV
-    return cross_entropy_reference(logits_TV, labels_T, softcap, needs_grad)
+        statistics_3T = loss_kernel.row_statistics(logits_TV, labels_T, softcap, IGNORE, gradient=needs_grad)
+        return losses_of(statistics_3T).sum(), logits_TV
+    statistics_3T = statistics_reference(logits_TV, labels_T, softcap)
+    grad_TV = gradient_reference(logits_TV, labels_T, statistics_3T, softcap) if needs_grad else logits_TV
+    return losses_of(statistics_3T).sum(), grad_TV
 
 
-def cross_entropy_reference(
-    logits_TV: Tensor, labels_T: Tensor, softcap: float | None, needs_grad: bool
-) -> tuple[Tensor, Tensor]:
-    """Do the same by PyTorch's own operators."""
+def losses_of(statistics_3T: Tensor) -> Tensor:
+    """Return the cross-entropies, float32 [T], from the statistics of whole rows."""
+    largest_T, totals_T, targets_T = statistics_3T.unbind()
+    return largest_T + totals_T.log() - targets_T
+
+
+def row_statistics(logits_TV: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
+    """Return what a row's loss is made of, float32 [3, T]: its largest score, the sum of exp(score - largest), its target's
+    score; 0, 1 and 0 where there is no target.
+
+    Args:
+        logits_TV: all columns, or some of them.
+        labels_T: int64; IGNORE where there is no target, -1 where it is not among these columns (its score is 0 then).
+    """
+    if logits_TV.is_cuda:
+        from fsdp_qlora import loss_kernel
+
+        return loss_kernel.row_statistics(logits_TV, labels_T, softcap, IGNORE)
+    return statistics_reference(logits_TV, labels_T, softcap)
+
+
+def logits_gradient(logits_TV: Tensor, labels_T: Tensor, statistics_3T: Tensor, softcap: float | None) -> Tensor:
+    """Return the gradient of the sum of the losses for the logits, which may be in their memory.
+
+    Args:
+        statistics_3T: of the whole rows, where the logits may be some of their columns.
+    """
+    if logits_TV.is_cuda:
+        from fsdp_qlora import loss_kernel
+
+        loss_kernel.logits_gradient_(logits_TV, labels_T, statistics_3T, softcap, IGNORE)
+        return logits_TV
+    return gradient_reference(logits_TV, labels_T, statistics_3T, softcap)
+
+
+def statistics_reference(logits_TV: Tensor, labels_T: Tensor, softcap: float | None) -> Tensor:
+    """Do `row_statistics` by PyTorch's own operators."""
+    scores, _ = _scores(logits_TV, softcap)
+    largest_T = scores.amax(dim=1)
+    totals_T = torch.exp(scores - largest_T[:, None]).sum(dim=1)
+    targets_T = scores.gather(1, labels_T.clamp(min=0)[:, None]).squeeze(1).masked_fill(labels_T < 0, 0)
+    is_none = labels_T == IGNORE
+    return torch.stack((largest_T.masked_fill(is_none, 0), totals_T.masked_fill(is_none, 1), targets_T))
+
+
+def gradient_reference(logits_TV: Tensor, labels_T: Tensor, statistics_3T: Tensor, softcap: float | None) -> Tensor:
+    """Do `logits_gradient` by PyTorch's own operators."""
+    scores, slopes = _scores(logits_TV, softcap)
+    largest_T, totals_T, _ = statistics_3T.unbind()
+    grad = torch.exp(scores - largest_T[:, None]) / totals_T[:, None]
+    grad.scatter_add_(1, labels_T.clamp(min=0)[:, None], -(labels_T >= 0).to(grad.dtype)[:, None])
+    grad *= (labels_T != IGNORE)[:, None]
+    return (grad if slopes is None else grad * slopes).to(logits_TV.dtype)
+
+
+def _scores(logits_TV: Tensor, softcap: float | None) -> tuple[Tensor, Tensor | None]:
+    """Return the scores, float32, and their derivatives where these are not 1."""
     logits = logits_TV.float()
-    capped = torch.tanh(logits / softcap) if softcap is not None else None
-    scores = logits if capped is None or softcap is None else capped * softcap
-    loss = F.cross_entropy(scores, labels_T, ignore_index=IGNORE, reduction="sum")
-    if not needs_grad:
-        return loss, logits_TV
-    grad = torch.softmax(scores, dim=-1)
-    targets = labels_T.clamp(min=0).unsqueeze(1)
-    grad.scatter_add_(1, targets, torch.full_like(targets, -1, dtype=grad.dtype))
-    grad *= (labels_T != IGNORE).unsqueeze(1)
-    if capped is not None:
-        grad *= 1 - capped.square()
-    return loss, grad.to(logits_TV.dtype)
+    if softcap is None:
+        return logits, None
+    capped = torch.tanh(logits / softcap)
+    return capped * softcap, 1 - capped.square()
 
 
 def chunked_cross_entropy(

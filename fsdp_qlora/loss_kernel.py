@@ -1,7 +1,7 @@
-"""One Triton kernel: a row's cross-entropy, and its gradient in place of the logits.
+"""One Triton kernel: what a row's cross-entropy is made of, and its gradient in place of the logits.
 
 PyTorch's operators pass over the logits about ten times, mostly in float32; this reads them twice and writes them once.
-`loss.cross_entropy_reference` is the reference the tests compare with.
+`loss.statistics_reference` and `loss.gradient_reference` are the references the tests compare with.
 """
 
 from __future__ import annotations
@@ -18,42 +18,55 @@ COLUMNS_PER_STEP = 8192
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     labels_ptr,
-    losses_ptr,
+    statistics_ptr,
+    num_rows,
     num_columns,
     softcap,
     IGNORE: tl.constexpr,
     SOFTCAP: tl.constexpr,
-    NEEDS_GRAD: tl.constexpr,
+    STATISTICS: tl.constexpr,
+    GRADIENT: tl.constexpr,
     STEP: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64)
     logits_ptr += row * num_columns
     label = tl.load(labels_ptr + row)
+    largest_ptr = statistics_ptr + row
+    total_ptr = largest_ptr + num_rows
+    target_ptr = total_ptr + num_rows
     if label == IGNORE:
-        tl.store(losses_ptr + row, 0.0)
-        if NEEDS_GRAD:
+        if STATISTICS:
+            tl.store(largest_ptr, 0.0)
+            tl.store(total_ptr, 1.0)
+            tl.store(target_ptr, 0.0)
+        if GRADIENT:
             for start in range(0, num_columns, STEP):
                 columns = start + tl.arange(0, STEP)
                 zeros = tl.zeros([STEP], dtype=logits_ptr.dtype.element_ty)
                 tl.store(logits_ptr + columns, zeros, mask=columns < num_columns)
     else:
-        largest = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)  # of exp(score - largest)
-        target = tl.full([], 0.0, tl.float32)
-        for start in range(0, num_columns, STEP):
-            columns = start + tl.arange(0, STEP)
-            inside = columns < num_columns
-            scores = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-            if SOFTCAP:
-                scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # softcap * tanh(scores / softcap)
-            target += tl.sum(tl.where(columns == label, scores, 0.0))
-            scores = tl.where(inside, scores, float("-inf"))
-            larger = tl.maximum(largest, tl.max(scores))
-            total = total * tl.exp(largest - larger) + tl.sum(tl.exp(scores - larger))
-            largest = larger
-        log_total = largest + tl.log(total)
-        tl.store(losses_ptr + row, log_total - target)
-        if NEEDS_GRAD:
+        if STATISTICS:
+            largest = tl.full([], float("-inf"), tl.float32)
+            total = tl.full([], 0.0, tl.float32)  # of exp(score - largest)
+            target = tl.full([], 0.0, tl.float32)
+            for start in range(0, num_columns, STEP):
+                columns = start + tl.arange(0, STEP)
+                inside = columns < num_columns
+                scores = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+                if SOFTCAP:
+                    scores = softcap * (2 * tl.sigmoid(2 * scores / softcap) - 1)  # softcap * tanh(scores / softcap)
+                target += tl.sum(tl.where(columns == label, scores, 0.0))
+                scores = tl.where(inside, scores, float("-inf"))
+                larger = tl.maximum(largest, tl.max(scores))
+                total = total * tl.exp(largest - larger) + tl.sum(tl.exp(scores - larger))
+                largest = larger
+            tl.store(largest_ptr, largest)
+            tl.store(total_ptr, total)
+            tl.store(target_ptr, target)
+        else:
+            largest = tl.load(largest_ptr)
+            total = tl.load(total_ptr)
+        if GRADIENT:
             for start in range(0, num_columns, STEP):
                 columns = start + tl.arange(0, STEP)
                 inside = columns < num_columns
@@ -63,31 +76,46 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
                     capped = 2 * tl.sigmoid(2 * scores / softcap) - 1
                     scores = softcap * capped
                     slope = 1 - capped * capped
-                grad = (tl.exp(scores - log_total) - tl.where(columns == label, 1.0, 0.0)) * slope
+                grad = (tl.exp(scores - largest) / total - tl.where(columns == label, 1.0, 0.0)) * slope
                 tl.store(logits_ptr + columns, grad.to(logits_ptr.dtype.element_ty), mask=inside)
 
 
-def cross_entropy_(logits_TV: Tensor, labels_T: Tensor, softcap: float | None, needs_grad: bool, ignore: int) -> Tensor:
-    """Return the losses, float32 [T]; with `needs_grad` the logits are replaced by the gradient of their sum.
+def row_statistics(
+    logits_TV: Tensor, labels_T: Tensor, softcap: float | None, ignore: int, *, gradient: bool = False
+) -> Tensor:
+    """Do `loss.row_statistics`; with `gradient` also replace the logits by the gradient of the sum of the losses.
 
     Args:
         logits_TV: contiguous, on a CUDA device, any floating dtype.
-        labels_T: int64; `ignore` where there is no target.
-        softcap: the scores are softcap * tanh(logits / softcap).
+        ignore: the label where there is no target.
     """
+    statistics_3T = torch.empty(3, len(logits_TV), dtype=torch.float32, device=logits_TV.device)
+    _launch(logits_TV, labels_T, statistics_3T, softcap, ignore, STATISTICS=True, GRADIENT=gradient)
+    return statistics_3T
+
+
+def logits_gradient_(
+    logits_TV: Tensor, labels_T: Tensor, statistics_3T: Tensor, softcap: float | None, ignore: int
+) -> None:
+    """Do `loss.logits_gradient` in the memory of the logits."""
+    _launch(logits_TV, labels_T, statistics_3T.contiguous(), softcap, ignore, STATISTICS=False, GRADIENT=True)
+
+
+def _launch(
+    logits_TV: Tensor, labels_T: Tensor, statistics_3T: Tensor, softcap: float | None, ignore: int, **passes: bool
+) -> None:
     assert logits_TV.is_contiguous()
     num_rows, num_columns = logits_TV.shape
-    losses_T = torch.empty(num_rows, dtype=torch.float32, device=logits_TV.device)
     _cross_entropy_kernel[(num_rows,)](
         logits_TV,
         labels_T.contiguous(),
-        losses_T,
+        statistics_3T,
+        num_rows,
         num_columns,
         softcap if softcap is not None else 1.0,
         IGNORE=ignore,
         SOFTCAP=softcap is not None,
-        NEEDS_GRAD=needs_grad,
         STEP=COLUMNS_PER_STEP,
         num_warps=16,
+        **passes,
     )
-    return losses_T

@@ -21,6 +21,7 @@ from fsdp_qlora.loss import chunked_cross_entropy, count_correct
 from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
+from fsdp_qlora.parallel_loss import most_likely, parallel_cross_entropy
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, packed_layers
 from fsdp_qlora.quant.experts import QuantizedExperts
 from fsdp_qlora.quant.linear import LoRALinear
@@ -78,14 +79,19 @@ class LossModel(nn.Module):
         targets = hidden.flatten(0, 1).index_select(0, target_positions)
         if self.logit_scale != 1.0:  # smaller than the logits, and as good a place: the head is linear
             targets = targets * self.logit_scale
-        head = self._head()
-        trained = (
-            self.vocabulary if isinstance(self.vocabulary, ShardedVocabulary) and self.vocabulary.is_trained else None
-        )
-        rows, reduce = (trained.rows, trained.gathered_gradient) if trained is not None else (None, None)
-        result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap, rows, reduce)}
+        result = self._loss(targets, target_ids)
         if balance is not None:
             result["loss"] = balance.add_to(result["loss"])
+        return result
+
+    def _loss(self, targets: Tensor, target_ids: Tensor) -> dict[str, Tensor]:
+        vocabulary = self.vocabulary if isinstance(self.vocabulary, ShardedVocabulary) else None
+        if vocabulary is not None and vocabulary.is_parallel:
+            return parallel_cross_entropy(targets, vocabulary, target_ids, self.softcap)
+        head = self._head()
+        trained = vocabulary if vocabulary is not None and vocabulary.is_trained else None
+        rows, reduce = (trained.rows, trained.gathered_gradient) if trained is not None else (None, None)
+        result = {"loss": chunked_cross_entropy(targets, head, target_ids, self.softcap, rows, reduce)}
         if not torch.is_grad_enabled():
             result["correct"] = count_correct(targets, head, target_ids)
         return result
@@ -107,6 +113,8 @@ class LossModel(nn.Module):
             use_cache=True,
             **cache,
         ).last_hidden_state
+        if isinstance(self.vocabulary, ShardedVocabulary) and self.vocabulary.is_parallel:
+            return most_likely(hidden[:, -1], self.vocabulary)
         return torch.nn.functional.linear(hidden[:, -1], self._head()).argmax(dim=-1)
 
     def _head(self) -> Tensor:

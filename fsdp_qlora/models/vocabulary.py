@@ -1,7 +1,8 @@
 """Embedding and head, sharded by rows over the ranks, on the GPU or in CPU memory; frozen, or trained beside LoRA.
 
-They are not FSDP units, because both can do with less than a gathered matrix: the embedding exchanges the few rows that a
-batch needs, and the head needs no gather in backward, its gradients being made in forward (loss.py).
+They are not FSDP units, because both can do without a gathered matrix: the embedding exchanges the few rows that a batch
+needs, and a few ranks share out the logits (parallel_loss.py). Many ranks gather the head, but not again in backward, as the
+gradients are made in forward (loss.py).
 """
 
 from __future__ import annotations
@@ -15,6 +16,14 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from fsdp_qlora.distributed import Ranks, all_gather_single, reduce_scatter_single, shard_rows
+
+MOST_PARALLEL = 8
+"""Shards up to which the logits are shared out; with more, the hidden states of all ranks are more than the head."""
+
+
+def shares_logits(num_rows: int, num_shards: int) -> bool:
+    """Whether ranks with so many shards of a head share out the logits instead of gathering it; all must have rows."""
+    return 1 < num_shards <= MOST_PARALLEL and (num_shards - 1) * -(-num_rows // num_shards) < num_rows
 
 
 class ShardedVocabulary(nn.Module):
@@ -44,7 +53,8 @@ class ShardedVocabulary(nn.Module):
     ) -> None:
         super().__init__()
         self.num_rows, self.dtype, self.device, self.scale = num_rows, dtype, ranks.device, embed_scale
-        self.padding_idx, self.group, self.num_shards = padding_idx, ranks.shard_group, ranks.num_shards
+        self.padding_idx, self.group = padding_idx, ranks.shard_group
+        self.shard, self.num_shards = ranks.shard, ranks.num_shards
         self.replicas = ranks.replicate_group if ranks.num_replicas > 1 else None
         self.rows_per_shard = -(-num_rows // self.num_shards)
         self.first, self.stop = shard_rows(num_rows, ranks.shard, ranks.num_shards)
@@ -65,6 +75,11 @@ class ShardedVocabulary(nn.Module):
         """This shard's rows; what is computed of them gives `weight` its gradient."""
         return self.weight.to_local() if isinstance(self.weight, DTensor) else self.weight
 
+    @property
+    def is_parallel(self) -> bool:
+        """Whether the ranks share out the logits."""
+        return shares_logits(self.num_rows, self.num_shards)
+
     def forward(self, ids: Tensor) -> Tensor:
         """Return the rows [..., width] of int64 ids [...] on the computing device.
 
@@ -83,7 +98,7 @@ class ShardedVocabulary(nn.Module):
         return found.to(self.device).to(self.dtype)
 
     def _exchange(self, rows: Tensor, ids: Tensor) -> Tensor:
-        local = self._gather_pieces(ids.flatten()) - self.first
+        local = self.gather_pieces(ids.flatten()) - self.first
         held = (local >= 0) & (local < len(rows))
         if len(rows) > 0:
             found = self._find(rows, local.clamp(0, len(rows) - 1)) * held.unsqueeze(1)
@@ -97,7 +112,7 @@ class ShardedVocabulary(nn.Module):
         """Return the gradient of this shard's rows, float32, from that of the rows [..., width] that all ranks looked up."""
         flat, grad = ids.flatten(), grad.reshape(-1, grad.shape[-1])
         if self.num_shards > 1:
-            flat, grad = self._gather_pieces(flat), self._gather_pieces(grad.contiguous())
+            flat, grad = self.gather_pieces(flat), self.gather_pieces(grad.contiguous())
         count = self.stop - self.first
         held = (flat >= self.first) & (flat < self.stop)
         if self.padding_idx is not None:
@@ -105,43 +120,48 @@ class ShardedVocabulary(nn.Module):
         local = torch.where(held, flat - self.first, count)
         # adds up in a fixed order, on GPUs too; the row after the last is left out
         rows = torch.ops.aten.embedding_dense_backward(grad.float(), local, count + 1, count, False)
-        return self._sum_replicas(rows[:count])
+        return self.sum_replicas(rows[:count])
 
     def gather(self) -> Tensor:
         """Return the whole matrix [num_rows, width] on the computing device; every rank must take part."""
-        local = self.rows.detach().to(self.device, non_blocking=True).to(self.dtype)
+        local = self.computing_rows()
         if self.num_shards == 1:
             return local
-        return self._gather_pieces(self._padded(local, self.rows_per_shard))[: self.num_rows]
+        return self.gather_pieces(padded(local, self.rows_per_shard))[: self.num_rows]
+
+    def computing_rows(self) -> Tensor:
+        """Return this shard's rows on the computing device in the dtype of the computation."""
+        return self.rows.detach().to(self.device, non_blocking=True).to(self.dtype)
 
     def gathered_gradient(self, grad: Tensor) -> Tensor:
         """Return the gradient of this shard's rows from this rank's of the gathered matrix, float32 [num_rows, width]."""
         if self.num_shards > 1:
             mine = grad.new_empty(self.rows_per_shard, grad.shape[1])
-            reduce_scatter_single(mine, self._padded(grad, self.num_shards * self.rows_per_shard), self.group)
+            reduce_scatter_single(mine, padded(grad, self.num_shards * self.rows_per_shard), self.group)
             grad = mine[: self.stop - self.first]
-        return self._sum_replicas(grad)
+        return self.sum_replicas(grad)
 
-    def _gather_pieces(self, piece: Tensor) -> Tensor:
+    def gather_pieces(self, piece: Tensor) -> Tensor:
         """Return the shards' equal pieces, one after the other."""
         whole = piece.new_empty(self.num_shards * piece.shape[0], *piece.shape[1:])
         all_gather_single(whole, piece, self.group)
         return whole
 
-    @staticmethod
-    def _padded(rows: Tensor, count: int) -> Tensor:
-        if len(rows) == count:
-            return rows
-        padded = rows.new_zeros(count, rows.shape[1])
-        padded[: len(rows)] = rows
-        return padded
-
-    def _sum_replicas(self, grad: Tensor) -> Tensor:
+    def sum_replicas(self, grad: Tensor) -> Tensor:
         """Add up the gradients of all copies of this shard, and put the sum where the rows are."""
         grad = grad.contiguous()
         if self.replicas is not None:
             dist.all_reduce(grad, group=self.replicas)
         return grad.to(self.rows.device)
+
+
+def padded(rows: Tensor, count: int) -> Tensor:
+    """Return `count` rows, the last of them zeros where there are fewer."""
+    if len(rows) == count:
+        return rows
+    result = rows.new_zeros(count, *rows.shape[1:])
+    result[: len(rows)] = rows
+    return result
 
 
 class _LookUp(torch.autograd.Function):

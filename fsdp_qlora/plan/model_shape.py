@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from fsdp_qlora.errors import ModelError
 from fsdp_qlora.masters import prepare
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton, read_config
+from fsdp_qlora.models.vocabulary import shares_logits
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings, lora_layers, lora_linears, packed_layers
 from fsdp_qlora.quant.expert_lora import ExpertLora
 from fsdp_qlora.quant.experts import ExpertStack, group_size
@@ -97,6 +98,10 @@ class ModelShape:
     @property
     def head_bytes(self) -> int:
         return self.vocabulary_rows * self.widths.hidden * self.itemsize
+
+    @property
+    def shares_logits(self) -> bool:
+        return shares_logits(self.vocabulary_rows, self.num_shards)
 
     @property
     def vocabulary_part(self) -> int:

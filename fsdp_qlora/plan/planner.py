@@ -53,7 +53,10 @@ LOSS_BACKWARD = Alive(norm=4, hidden=3)
 """Backward of the final norm, in float32."""
 
 LOGITS = 2
-"""Chunks of logits: the old one's, which hold their gradient, and the new one's."""
+"""Chunks of logits: the old one's, which hold their gradient, and the new one's. (Shared out over ranks, it is one.)"""
+
+SHARED_HIDDEN = 3
+"""Every rank's hidden states of a chunk: the old one's, the new one's, and their gradient."""
 
 SCORE_BYTES = 4, 3
 """Per score of soft-capped attention, which keeps them all: bytes in float32, and tensors in the compute dtype."""
@@ -197,7 +200,8 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     loss_forward, loss_backward = (way.bytes_per_token(final, itemsize) for way in (LOSS_FORWARD, LOSS_BACKWARD))
     exchanged = 2 * shape.num_shards if shape.num_shards > 1 else 1
     trains_embedding, trains_head = shape.trained
-    head_gradient = 4 * shape.vocabulary_rows * widths.hidden if trains_head else 0
+    head_rows = shape.vocabulary_part_rows if shape.shares_logits else PADDED_GRADIENTS * shape.vocabulary_rows
+    head_gradient = 4 * head_rows * widths.hidden if trains_head else 0
     # every rank's gradients of the looked-up rows, also in float32, and those of this rank's rows
     rows = (1 + 4 / itemsize) * shape.num_shards * hidden + 4 * shape.vocabulary_part_rows * widths.hidden
     of_embedding = {"backward of the embedding": {"activations": rows}} if trains_embedding else {}
@@ -205,7 +209,7 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
         "embedding": {"activations": exchanged * hidden},
         "forward": {**kept, **running, "activations": tokens * FORWARD.bytes_per_token(widths, itemsize)},
         "loss": {**kept, "activations": tokens * loss_forward, **_loss(shape, run)},
-        "loss backward": {**kept, "activations": tokens * loss_backward, "gradients": PADDED_GRADIENTS * head_gradient},
+        "loss backward": {**kept, "activations": tokens * loss_backward, "gradients": head_gradient},
         "backward of the last block": {**kept, **backward},
         "backward of the first block": {**first, **backward},
         **of_embedding,
@@ -248,14 +252,24 @@ def _saved(shape: ModelShape, run: Run) -> float:
 
 
 def _loss(shape: ModelShape, run: Run) -> dict[str, float]:
-    """Return the bytes of the gathered head, of its gradient with a chunk's share of it, and of the logits or, earlier and
-    if larger, of the head's part from the host."""
-    trained = shape.trained[1]
-    gathers = shape.num_shards > 1 or run.memory.offload_vocabulary or (trained and shape.itemsize < 4)
+    """Return the bytes of the head, of its gradient with a chunk's share of it, and of the logits or, earlier and if larger,
+    of the head's part from the host."""
+    trained, away = shape.trained[1], run.memory.offload_vocabulary
+    part, copies = shape.head_bytes / shape.num_shards, away or (trained and shape.itemsize < 4)
+    gradients = 1 + 4 / shape.itemsize if trained else 0
+    if shape.shares_logits:
+        size, width = shape.itemsize, shape.widths.hidden
+        rows = min(shape.num_shards * run.tokens, loss.CHUNK_BYTES / (size * max(shape.vocabulary_part_rows, width)))
+        logits = rows * size * (shape.vocabulary_part_rows + SHARED_HIDDEN * width)
+        arriving = 4 / size * part if away and trained and size < 4 else 0  # in float32
+        return {"head": part if copies else 0, "gradients": gradients * part, "logits": max(logits, arriving)}
+    gathers = shape.num_shards > 1 or copies
     logits = LOGITS * min(loss.CHUNK_BYTES, shape.itemsize * shape.vocabulary_rows * run.tokens)
-    arriving = shape.head_bytes / shape.num_shards if shape.num_shards > 1 and run.memory.offload_vocabulary else 0
-    gradient = (1 + 4 / shape.itemsize) * shape.head_bytes if trained else 0
-    return {"gathered head": shape.head_bytes if gathers else 0, "gradients": gradient, "logits": max(logits, arriving)}
+    return {
+        "gathered head": shape.head_bytes if gathers else 0,
+        "gradients": gradients * shape.head_bytes,
+        "logits": max(logits, part if away and shape.num_shards > 1 else 0),
+    }
 
 
 def _host(shape: ModelShape, run: Run) -> dict[str, int]:

@@ -74,8 +74,9 @@ def test_a_step_does_not_depend_on_how_it_is_split(tmp_path: Path, family: str) 
                 assert one.grad_norm == pytest.approx(other.grad_norm, rel=1e-6), (world_size, split)
             assert norm_of(found["gradients"]) == pytest.approx(MAX_GRAD_NORM, rel=1e-5), "each matrix counts once"
             case = f"with {world_size} ranks and {split}"
-            # lora_B, and so lora_A's gradient, is what AdamW's first step made of 0: there rounding shows most
-            assert_close(found["gradients"], expected["gradients"], f"gradient {case}", of_each=1e-5)
+            # lora_B, and so lora_A's gradient, is what AdamW's first step made of 0, whatever the size of its gradient:
+            # there rounding shows most
+            assert_close(found["gradients"], expected["gradients"], f"gradient {case}", of_each=1e-4)
             assert_close(found["after"], expected["after"], f"modules {case}")
     modules = ["model.embed_tokens"] if family != "llama" else ["model.embed_tokens", "lm_head"]
     assert set(modules) == {name for name in expected["gradients"] if "lora" not in name}

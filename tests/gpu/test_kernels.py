@@ -7,7 +7,14 @@ import pytest
 import torch
 from torch import nn
 
-from fsdp_qlora.loss import IGNORE, cross_entropy_reference
+from fsdp_qlora.loss import (
+    IGNORE,
+    gradient_reference,
+    logits_gradient,
+    losses_of,
+    row_statistics,
+    statistics_reference,
+)
 from fsdp_qlora.models import attention
 from fsdp_qlora.quant.dequantize import dequantize
 from fsdp_qlora.quant.layout import STORAGE_DTYPES, Layout
@@ -92,24 +99,36 @@ def test_flash_attention_equals_attention_by_document(heads: tuple[int, int], wi
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("softcap", [None, 3.0])
-def test_cross_entropy_equals_pytorchs(dtype: torch.dtype, softcap: float | None) -> None:
-    from fsdp_qlora.loss_kernel import cross_entropy_  # needs Triton, which torch for CPUs comes without
+def test_cross_entropy_equals_that_of_pytorchs_operators(dtype: torch.dtype, softcap: float | None) -> None:
+    from fsdp_qlora import loss_kernel  # needs Triton, which torch for CPUs comes without
 
     for shape in ((33, 50), (7, 8192), (64, 32003), (5, 128256)):
         logits = (4 * torch.randn(shape, device="cuda")).to(dtype)
         labels = torch.randint(0, shape[1], shape[:1], device="cuda")
         labels[::3] = IGNORE
-        loss, grad = cross_entropy_reference(logits, labels, softcap, needs_grad=True)
+        expected = statistics_reference(logits, labels, softcap)
+        gradient = gradient_reference(logits, labels, expected, softcap)
         untouched = logits.clone()
-        assert cross_entropy_(untouched, labels, softcap, False, IGNORE).sum().item() == pytest.approx(
-            loss.item(), 1e-6
-        )
+        found = row_statistics(untouched, labels, softcap)
         assert torch.equal(untouched, logits)
-        losses = cross_entropy_(logits, labels, softcap, True, IGNORE)
-        assert losses[::3].eq(0).all()
-        assert losses.sum().item() == pytest.approx(loss.item(), 1e-6)
+        assert losses_of(found)[::3].eq(0).all()
+        torch.testing.assert_close(found, expected, rtol=1e-6, atol=1e-6)
         # equal but for the rounding of the exponential, which can flip the last bit of a 16-bit result
-        torch.testing.assert_close(logits.float(), grad.float(), rtol=1e-5 + torch.finfo(dtype).eps, atol=1e-6)
+        close = {"rtol": 1e-5 + torch.finfo(dtype).eps, "atol": 1e-6}
+        in_two_passes = logits_gradient(untouched, labels, found, softcap)
+        torch.testing.assert_close(in_two_passes.float(), gradient.float(), **close)
+        at_once = logits.clone()
+        assert torch.equal(loss_kernel.row_statistics(at_once, labels, softcap, IGNORE, gradient=True), found)
+        assert torch.equal(at_once, in_two_passes)
+        # half of the columns: a target in the other half is none of them, and the sum of exponentials is of all
+        half = shape[1] // 2
+        columns = logits[:, half:].contiguous()
+        labels = torch.where(labels == IGNORE, IGNORE, torch.where(labels >= half, labels - half, -1))
+        of_half = row_statistics(columns, labels, softcap)
+        torch.testing.assert_close(of_half, statistics_reference(columns, labels, softcap), rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(
+            logits_gradient(columns, labels, expected, softcap).float(), gradient[:, half:].float(), **close
+        )
 
 
 @pytest.mark.parametrize("heads", [(4, 4), (8, 2)])

@@ -240,7 +240,7 @@ def test_estimate_is_the_largest_phase_and_not_the_sum_of_all(shape_of) -> None:
 
 def test_a_head_that_is_not_whole_on_the_gpu_is_gathered_for_the_loss(shape_of) -> None:
     memory = MemorySettings(offload_blocks=32, checkpoint_blocks=32)
-    found = estimate(shape_of("8b", 2), Run(1, 64, memory))
+    found = estimate(shape_of("8b", 16), Run(1, 64, memory))
     assert (found.phase, found.gpu["gathered head"]) == ("loss", 128256 * 4096 * 2)
     # alone and on the GPU it is whole; offloaded, embedding and head leave and the head comes back for a while
     kept, away = (
@@ -248,6 +248,19 @@ def test_a_head_that_is_not_whole_on_the_gpu_is_gathered_for_the_loss(shape_of) 
     )
     assert kept.phases["loss"] - away.phases["loss"] == pytest.approx((1 - SLACK) * 128256 * 4096 * 2)
     assert kept.phases["forward"] - away.phases["forward"] == 2 * 128256 * 4096 * 2
+
+
+def test_few_ranks_do_not_gather_the_head(shape_of) -> None:
+    """Each makes the logits of its own rows, for the tokens of all."""
+    memory = MemorySettings(offload_blocks=32, checkpoint_blocks=32)
+    resting, away = (
+        estimate(shape_of("8b", 2), Run(1, 4096, replace(memory, offload_vocabulary=offload)))
+        for offload in (False, True)
+    )
+    part = 128256 // 2 * 4096 * 2
+    assert resting.phases["loss"] - away.phases["loss"] == pytest.approx(2 * part - (1 + SLACK) * part)
+    eight, nine = (estimate(shape_of("8b", number), Run(1, 4096, memory)).phases["loss"] for number in (8, 9))
+    assert nine - eight > 128256 * 4096 * 2 * 0.9
 
 
 def test_gradients_of_an_earlier_micro_batch_are_counted(shape_of) -> None:
