@@ -17,7 +17,6 @@ from fsdp_qlora.distributed import Ranks
 FASTER = ("lora_B", "lora_magnitude_vector")
 """Ends of the names of the parameters that LoRA+ gives another learning rate."""
 
-
 BUCKET_BYTES = 64 * 2**20
 """Gradients that are summed over replicas in one exchange."""
 
@@ -129,11 +128,13 @@ def sum_replicas(root: nn.Module, ranks: Ranks) -> None:
 def _buckets(parameters: list[nn.Parameter]) -> Iterator[list[nn.Parameter]]:
     """Yield runs of parameters of up to BUCKET_BYTES, or of a single one."""
     bucket: list[nn.Parameter] = []
+    size = 0
     for parameter in parameters:
-        if bucket and sum(p.nbytes for p in bucket) + parameter.nbytes > BUCKET_BYTES:
+        if bucket and size + parameter.nbytes > BUCKET_BYTES:
             yield bucket
-            bucket = []
+            bucket, size = [], 0
         bucket.append(parameter)
+        size += parameter.nbytes
     if bucket:
         yield bucket
 

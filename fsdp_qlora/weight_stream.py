@@ -1,7 +1,8 @@
 """4-bit weights that rest in CPU memory and visit the GPU one block ahead of the computation, where nothing is sharded.
 
-With several shards FSDP's all-gather brings the blocks, on a stream of its own. In a world of one FSDP copies on the stream
-that computes and hides nothing, and copies even what is on the GPU already; so there it is not given the 4-bit weights.
+With several shards FSDP's all-gather brings the blocks, on a stream of its own. Where a rank holds whole blocks, FSDP copies
+on the stream that computes and hides nothing, and copies even what is on the GPU already; so there it is not given the 4-bit
+weights.
 """
 
 from __future__ import annotations

@@ -43,19 +43,21 @@ class StepTime:
 
     Attributes:
         links, nodes: traffic within a machine, and between machines.
-        overlapped: whether copies have a stream of their own; in a world of one only those of recomputed blocks have.
+        exchange: sums of gradients over copies of the base that nothing is computed beside; LoRA's are once a step.
+        overlapped: whether copies have a stream of their own; where nothing is sharded only those of recomputed blocks have.
     """
 
     compute: float
     host: float
     links: float
     nodes: float
+    exchange: float
     overlapped: bool
 
     @property
     def seconds(self) -> float:
-        copies = max(self.host, self.links, self.nodes)
-        return max(self.compute, copies) if self.overlapped else self.compute + self.host
+        computing = max(self.compute, self.host) if self.overlapped else self.compute + self.host
+        return max(computing, self.links, self.nodes) + self.exchange
 
     @property
     def limit(self) -> str:
@@ -64,6 +66,7 @@ class StepTime:
             "gathers": self.links,
             "copies from the host": self.host,
             "traffic between machines": self.nodes,
+            "the sums of gradients": self.exchange,
         }
         return max(causes, key=lambda cause: causes[cause])
 
@@ -95,7 +98,8 @@ def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) 
     weight; 4 a weight of the head; causal attention once forward, 2.5 times backward, and once more where checkpointed.
 
     Between machines: where the shards are on several, every gathered byte enters each machine once (the ring of a gather
-    passes each once); otherwise LoRA's gradients pass twice to be summed over the replicas.
+    passes each once); otherwise gradients pass twice to be summed over the replicas. So they do within a machine where each
+    rank holds the whole base. FSDP sums gradients while it computes others; those of what it does not hold wait.
     """
     memory, count, tokens = run.memory, len(shape.blocks), run.tokens
     again = memory.checkpoint_blocks / count
@@ -114,13 +118,18 @@ def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) 
     gathered = 2 * sum(block.gathered for block in shape.blocks) + lora + head
     others = (shape.num_shards - 1) / shape.num_shards
     spans_nodes = shape.num_shards > run.local_ranks
-    crossing = gathered if spans_nodes else 2 * (lora + shape.trained_rows[1])
+    summed = 0 if spans_nodes else 2 * (lora + shape.trained_rows[0])
+    local_replicas = max(1, run.local_ranks // shape.num_shards)
+    within = (local_replicas - 1) / local_replicas * summed / (rates.link_bandwidth * 1e9)
+    between = (num_nodes - 1) / num_nodes * (summed or gathered) / (rates.node_bandwidth * 1e9)
+    waits = shape.num_shards == 1 and not shape.full
     return StepTime(
         compute=tokens * per_token / (rates.tflops * 1e12),
         host=fetched / (rates.host_bandwidth * 1e9),
-        links=others * gathered / (rates.link_bandwidth * 1e9),
-        nodes=(num_nodes - 1) / num_nodes * crossing / (rates.node_bandwidth * 1e9),
-        overlapped=shape.num_shards > 1 or num_nodes > 1 or again == 1,
+        links=others * gathered / (rates.link_bandwidth * 1e9) + (0 if waits else within),
+        nodes=0 if waits else between,
+        exchange=max(within, between) if waits else 0,
+        overlapped=shape.num_shards > 1 or (again == 1 and not shape.full),
     )
 
 
@@ -136,6 +145,7 @@ def run(config: PlanConfig) -> None:
         config.batch_size,
         config.context_length,
         local_ranks=config.gpus,
+        num_replicas=_num_replicas(config, config.sharding),
         has_dropout=config.lora_dropout > 0,
         compiled=True,
     )
@@ -161,30 +171,43 @@ def run(config: PlanConfig) -> None:
 def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, choice: Choice) -> str:
     """Return a hint at a sharding that fits too and moves less; empty if there is none."""
     if config.sharding != "none" and not choice.memory.offload_blocks and config.nodes * config.gpus > 1:
-        alone = choose_or_none(_shape(config, folder, "none"), budget, replace(request, sharded=False))
+        run = replace(request.run, num_replicas=_num_replicas(config, "none"))
+        alone = choose_or_none(_shape(config, folder, "none"), budget, replace(request, run=run, sharded=False))
         if alone is not None and alone.memory.checkpoint_blocks <= choice.memory.checkpoint_blocks:
-            return "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
+            # what is gathered within a machine costs more than it should, so that the estimate does not decide there
+            times = [_seconds(config, folder, way, of) for way, of in (("none", alone), (config.sharding, choice))]
+            if config.nodes == 1 or times[0] < times[1]:
+                return "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
     if config.sharding == "full" and config.nodes > 1:
-        times = []
-        for sharding in ("full", "hybrid"):
-            shape = _shape(config, folder, sharding)
-            found = choose_or_none(shape, budget, request)
-            if found is None:
-                return ""
-            run = replace(request.run, memory=found.memory)
-            times.append(step_seconds(shape, run, rates_of(config), config.nodes).seconds)
-        if times[1] < times[0]:
+        found = choose_or_none(_shape(config, folder, "hybrid"), budget, request)
+        if found is None:
+            return ""
+        times = [_seconds(config, folder, way, of) for way, of in (("hybrid", found), ("full", choice))]
+        if times[0] < times[1]:
             return (
-                f"faster: --sharding hybrid ({times[1]:.2f} s a micro-batch); every machine can hold the base, and only"
+                f"faster: --sharding hybrid ({times[0]:.2f} s a micro-batch); every machine can hold the base, and only"
                 " gradients cross"
             )
     return ""
 
 
+def _seconds(config: PlanConfig, folder: Path, sharding: str, choice: Choice) -> float:
+    """Return the time of a micro-batch with another sharding."""
+    run = Run(config.batch_size, config.context_length, choice.memory, local_ranks=config.gpus)
+    return step_seconds(_shape(config, folder, sharding), run, rates_of(config), config.nodes).seconds
+
+
+def _num_shards(config: PlanConfig, sharding: str) -> int:
+    return {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
+
+
+def _num_replicas(config: PlanConfig, sharding: str) -> int:
+    return config.nodes * config.gpus // _num_shards(config, sharding)
+
+
 def _shape(config: PlanConfig, folder: Path, sharding: str) -> ModelShape:
-    num_shards = {"full": config.nodes * config.gpus, "hybrid": config.gpus, "none": 1}[sharding]
     fp8 = config.compute_dtype == "fp8"
-    quant = QuantSettings(config.base_form, config.double_quant, num_shards=num_shards, fp8=fp8)
+    quant = QuantSettings(config.base_form, config.double_quant, num_shards=_num_shards(config, sharding), fp8=fp8)
     lora = None if config.train_type == "full" else lora_settings(config)
     return model_shape(folder, quant, lora, compute_dtype(config.precision, torch.device("cuda")))
 
@@ -223,7 +246,7 @@ def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Reque
     overlap = (
         "copies overlap with computation"
         if time.overlapped
-        else "copies do not overlap where one rank keeps activations"
+        else "copies do not overlap where a rank holds whole blocks and keeps activations"
     )
     lines = [
         f"peak: {choice.estimate.phase}",
@@ -235,7 +258,9 @@ def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Reque
         f" {time.host:.2f} s at {config.host_bandwidth:g} GB/s,",
         f"  gathers {time.links:.2f} s at {config.link_bandwidth:g} GB/s; {overlap}",
     ]
-    if config.nodes > 1:
+    if time.exchange:
+        lines.append(f"  sums of gradients {time.exchange:.2f} s, once a step, beside which nothing is computed")
+    elif config.nodes > 1:
         lines.append(
             f"  between machines {time.nodes:.2f} s: {time.nodes * config.node_bandwidth:.1f} GB into each at"
             f" {config.node_bandwidth:g} GB/s"

@@ -309,6 +309,7 @@ def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: Lora
             config.batch_size,
             config.context_length,
             local_ranks=local_ranks,
+            num_replicas=ranks.num_replicas,
             accumulates=config.gradient_accumulation_steps > 1,
             has_dropout=config.lora_dropout > 0,
             compiled=_compiles(config, ranks),

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 
 from fsdp_qlora import loss
 from fsdp_qlora.host_memory import GIB
+from fsdp_qlora.optim import BUCKET_BYTES
 from fsdp_qlora.parallel import MemorySettings, spread
 from fsdp_qlora.plan.model_shape import ModelShape, Widths
 
@@ -94,6 +95,7 @@ class Run:
         batch_size, context_length: its sequences, and the tokens of each.
         memory: what rests where.
         local_ranks: ranks that share the host's memory.
+        num_replicas: copies of the base over all ranks.
         accumulates: whether gradients of an earlier micro-batch are there already.
         has_dropout: whether LoRA's inputs go through dropout.
         compiled: whether the blocks are compiled.
@@ -103,6 +105,7 @@ class Run:
     context_length: int
     memory: MemorySettings = field(default_factory=MemorySettings)
     local_ranks: int = 1
+    num_replicas: int = 1
     accumulates: bool = True
     has_dropout: bool = False
     compiled: bool = False
@@ -213,14 +216,23 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
         "backward of the last block": {**kept, **backward},
         "backward of the first block": {**first, **backward},
         **of_embedding,
-        "optimizer": {},
+        "optimizer": {"gradients": _bucket(shape, run)},
     }
+
+
+def _bucket(shape: ModelShape, run: Run) -> int:
+    """Return the bytes of the copy in which gradients are summed over the replicas, where FSDP does not do that."""
+    if run.num_replicas == 1 or shape.num_shards > 1 or shape.full:
+        return 0
+    return min(BUCKET_BYTES, sum(block.lora for block in shape.blocks))
 
 
 def _running(shape: ModelShape, memory: MemorySettings) -> float:
     """Return the bytes of the parameters of the block that runs, beside the buffers of the gathers or the stream."""
     if shape.num_shards == 1 and not shape.full and not _offloads_blocks(shape, memory, checkpointed=False):
-        return max(block.frozen + block.lora for block in shape.blocks)  # FSDP does not copy the 4-bit weights
+        # only where LoRA comes from the host is a block FSDP's, without its 4-bit weights
+        from_host = memory.offload_lora and memory.offload_blocks > 0
+        return max(block.frozen + block.lora for block in shape.blocks) if from_host else 0
     if not memory.offload_blocks:
         return shape.gathered
     if shape.full:  # the float32 part of the next block, before it is cast

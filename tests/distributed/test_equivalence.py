@@ -49,6 +49,7 @@ class Split:
     sharding: str = "full"
     cpu_offload: bool = False
     activation_checkpointing: bool = False
+    offload_lora: bool = True
 
 
 SPLITS: dict[int, list[Split]] = {
@@ -61,6 +62,10 @@ SPLITS: dict[int, list[Split]] = {
     2: [
         Split(1, 2),
         Split(2, 1, sharding="none"),
+        Split(1, 2, sharding="none"),
+        # as with hybrid sharding and one rank a node
+        Split(1, 2, sharding="none", cpu_offload=True),
+        Split(1, 2, sharding="none", cpu_offload=True, activation_checkpointing=True, offload_lora=False),
         Split(1, 2, cpu_offload=True),
         Split(1, 2, activation_checkpointing=True),
         Split(2, 1, cpu_offload=True, activation_checkpointing=True),
@@ -115,13 +120,14 @@ def make_trainer(
         lora: what is trained, from its usual initial values; by default LORA, from those of initial_adapter.
     """
     ranks = dataclasses.replace(ranks, mesh=make_mesh(ranks.device, ranks.world_size, split.sharding, NODE))
+    resting = memory(cpu_offload=split.cpu_offload, activation_checkpointing=split.activation_checkpointing)
     built = build_model(
         folder,
         ranks,
         QuantSettings(num_shards=ranks.num_shards),
         lora or LORA,
         torch.float32,
-        memory=memory(cpu_offload=split.cpu_offload, activation_checkpointing=split.activation_checkpointing),
+        memory=dataclasses.replace(resting, offload_lora=split.cpu_offload and split.offload_lora),
         adapter=initial_adapter(llama_linears()) if lora is None else None,
     )
     loader = data.Loader(
@@ -207,6 +213,11 @@ class Results(dict[tuple[int, Split], dict[str, Any]]):
         by_rank = run_ranks(train_on_rank, world_size, self.folder, SPLITS[world_size])
         for number, split in enumerate(SPLITS[world_size]):
             assert all(found[number]["steps"] == by_rank[0][number]["steps"] for found in by_rank)
+            for found in by_rank:  # where there are several copies of the adapter, of each rank's own
+                assert all(
+                    (value == by_rank[0][number]["adapter"][name]).all()
+                    for name, value in found[number]["adapter"].items()
+                )
             self[world_size, split] = by_rank[0][number]
         return self[key]
 
@@ -221,7 +232,8 @@ CASES = [(world_size, split) for world_size, splits in SPLITS.items() for split 
 
 def name_of(world_size: int, split: Split) -> str:
     """Return a case's name for pytest."""
-    extras = ["offload"] * split.cpu_offload + ["checkpoint"] * split.activation_checkpointing
+    offload = "offload" if split.offload_lora else "offload_base"
+    extras = [offload] * split.cpu_offload + ["checkpoint"] * split.activation_checkpointing
     return "-".join([f"{world_size}x{split.accumulation}x{split.batch_size}", split.sharding, *extras])
 
 

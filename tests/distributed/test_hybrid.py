@@ -1,4 +1,4 @@
-"""Hybrid sharding: what a rank holds, and what crosses between nodes."""
+"""Hybrid sharding, and none: what a rank holds, and what crosses between nodes."""
 
 from __future__ import annotations
 
@@ -48,10 +48,10 @@ class Collectives(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def step_on_rank(folder: Path, sharding: str) -> tuple[list[Sent], int, int]:
+def step_on_rank(folder: Path, sharding: str, accumulation: int = 1) -> tuple[list[Sent], int, int]:
     """Do one step; return its collectives, and the bytes of 4-bit weights and of LoRA that this rank holds."""
     with process_group("full", timeout_s=60, device="cpu") as ranks:
-        trainer = make_trainer(folder, Split(1, 1, sharding), ranks)
+        trainer = make_trainer(folder, Split(1, accumulation, sharding), ranks)
         with Collectives() as collectives:
             trainer.train_step(trainer.train_loader.step(0, 0), 0)
         linears = list(lora_linears(trainer.root))
@@ -76,6 +76,15 @@ def test_only_gradients_cross_between_nodes(folder: Path) -> None:
         assert sum(one.size for one in everywhere) <= 64, "counts and losses"
         inside = {one.name for one in sent if one.ranks == neighbours}
         assert any(name.startswith("allgather") or name.startswith("_allgather") for name in inside)
+
+
+def test_without_sharding_only_gradients_are_exchanged_once_a_step(folder: Path) -> None:
+    """Nor with hybrid sharding and one rank a node, whose ranks are those of `none`."""
+    for sent, _, lora in run_ranks(step_on_rank, NODE, folder, "none", 3):
+        among_all = [one for one in sent if one.ranks == tuple(range(NODE))]
+        assert {one.name for one in among_all} == {"allreduce"}
+        assert [one.size for one in among_all if one.size > 64] == [lora], "every gradient, once, in one exchange"
+        assert len(among_all) == 3, "and the number of targets, and the loss"
 
 
 def test_full_sharding_gathers_from_all(folder: Path) -> None:

@@ -29,7 +29,12 @@ LORA = LoraSettings(4, 8.0, modules_to_save=("embed_tokens", "lm_head"))
 
 SPLITS = {
     1: [Split(4, 1), Split(2, 2, cpu_offload=True, activation_checkpointing=True)],
-    2: [Split(1, 2), Split(2, 1, sharding="none"), Split(1, 2, cpu_offload=True, activation_checkpointing=True)],
+    2: [
+        Split(1, 2),
+        Split(2, 1, sharding="none"),
+        Split(1, 2, "none", cpu_offload=True, activation_checkpointing=True, offload_lora=False),
+        Split(1, 2, cpu_offload=True, activation_checkpointing=True),
+    ],
     4: [Split(1, 1), Split(1, 1, sharding="hybrid", activation_checkpointing=True)],
 }
 CASES = [(world_size, split) for world_size, splits in SPLITS.items() for split in splits]

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, Shard
 
+from fsdp_qlora import optim
 from fsdp_qlora.config import TrainConfig
-from fsdp_qlora.distributed import Ranks
-from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate
+from fsdp_qlora.distributed import Ranks, process_group
+from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate, sum_replicas
+from tests.ranks import run_ranks
 
 
 def rates(num_steps: int, **settings: object) -> list[float]:
@@ -145,3 +148,52 @@ def test_no_update_where_a_value_is_not_finite(value: float) -> None:
         assert all(values[name].equal(optimizer.state[key][name]) for name in values)
     optimizer.step_if_finite(torch.tensor(1.0), torch.tensor(2.0))
     assert not model[0].weight.equal(parameters[0])
+
+
+SHAPES = [(3, 4), (2,), (5, 5), (1, 2), (2, 3)]
+"""Of trained parameters: in buckets of 80 bytes the first two, the third, which is larger, and the others."""
+
+
+def sum_on_rank(sharding: str) -> list[list[float]]:
+    """Give this rank's parameters gradients that tell its number, rank 1's second one none; return their sums."""
+    optim.BUCKET_BYTES = 80
+    with process_group(sharding, 60, device="cpu") as ranks:
+        root = nn.Module()
+        for number, shape in enumerate(SHAPES):
+            parameter = nn.Parameter(torch.zeros(shape))
+            parameter.grad = torch.arange(parameter.numel()).view(shape) + 100.0 ** (ranks.rank + 1)
+            root.register_parameter(f"trained_{number}", parameter)
+        root.register_parameter("frozen", nn.Parameter(torch.zeros(3), requires_grad=False))
+        if ranks.rank == 1:
+            root.trained_1.grad = None
+        sum_replicas(root, ranks)
+        assert root.frozen.grad is None
+        found: list[Any] = [parameter.grad for parameter in root.parameters() if parameter.requires_grad]
+        assert [tuple(gradient.shape) for gradient in found] == SHAPES
+        return [gradient.flatten().tolist() for gradient in found]
+
+
+def test_gradients_of_copies_are_summed() -> None:
+    for found in run_ranks(sum_on_rank, 2, "none"):
+        for number, gradient in enumerate(found):
+            times, offset = (1, 100) if number == 1 else (2, 10100)
+            assert gradient == [times * index + offset for index in range(len(gradient))], number
+
+
+class Sized:
+    """Stands for a parameter of 8 bytes, and counts how often that was asked."""
+
+    asked = 0
+
+    @property
+    def nbytes(self) -> int:
+        Sized.asked += 1
+        return 8
+
+
+def test_making_buckets_of_a_thousand_parameters_is_not_quadratic(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a 70B model there are 1,120: 14 ms of every step it would take."""
+    monkeypatch.setattr(optim, "BUCKET_BYTES", 4804)
+    buckets = list(optim._buckets([Sized() for _ in range(1120)]))  # type: ignore[misc]
+    assert [len(bucket) for bucket in buckets] == [600, 520]
+    assert Sized.asked <= 3 * 1120

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fsdp_qlora import cli, config
 from fsdp_qlora.commands.plan import Rates, step_seconds
@@ -16,7 +17,9 @@ from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.models import hub
 from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.parallel import MemorySettings
+from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.plan.planner import Run
+from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 
 # --- time ---
 
@@ -50,6 +53,44 @@ def test_time_between_machines(shape_of) -> None:
     assert full.limit == "traffic between machines"
     assert full.seconds == full.nodes
     assert step_seconds(shape_of("70b", 4), run, Rates()).nodes == 0
+
+
+def test_time_without_sharding_ends_with_the_sum_of_gradients(shape_of) -> None:
+    run, rates = Run(1, 2048, MemorySettings(checkpoint_blocks=32)), Rates(link_bandwidth=20, node_bandwidth=2)
+    lora = sum(block.lora for block in shape_of("8b").blocks)
+    alone = step_seconds(shape_of("8b"), run, rates)
+    assert alone.exchange == 0
+    for local_ranks, num_nodes, exchange in (
+        (4, 1, 2 * lora * 3 / 4 / 20e9),
+        (1, 2, 2 * lora / 2 / 2e9),
+        (4, 2, 2 * lora / 2 / 2e9),
+    ):
+        found = step_seconds(shape_of("8b"), replace(run, local_ranks=local_ranks), rates, num_nodes)
+        assert found.exchange == pytest.approx(exchange)
+        assert found.seconds == alone.seconds + found.exchange
+        assert found.links == found.nodes == 0
+    # blocks that are not recomputed come from the host on the stream that computes, with several machines too
+    kept = step_seconds(shape_of("8b"), replace(run, memory=MemorySettings(offload_blocks=32)), rates, num_nodes=2)
+    assert kept.seconds == kept.compute + kept.host + kept.exchange
+    slow = step_seconds(shape_of("8b"), run, Rates(node_bandwidth=0.01), num_nodes=2)
+    assert slow.limit == "the sums of gradients"
+
+
+def test_every_row_of_a_trained_vocabulary_crosses_between_machines(llama_folders: dict[str, Path]) -> None:
+    run, shapes = Run(1, 2048, local_ranks=2), []
+    for modules in ((), ("embed_tokens",)):
+        lora = LoraSettings(16, 16.0, modules_to_save=modules)
+        shapes.append(model_shape(llama_folders["8b"], QuantSettings(num_shards=2), lora, torch.bfloat16))
+    frozen, trained = (step_seconds(shape, run, Rates(), num_nodes=2) for shape in shapes)
+    assert trained.nodes - frozen.nodes == pytest.approx(2 * 4 * 128256 * 4096 / 2 / 1e9)
+
+
+def test_sums_of_full_fine_tuning_overlap(llama_folders: dict[str, Path]) -> None:
+    shape = model_shape(llama_folders["8b"], QuantSettings("none"), None, torch.bfloat16)
+    weights = sum(block.lora for block in shape.blocks) + shape.trained_rows[0]
+    found = step_seconds(shape, Run(1, 2048, local_ranks=2), Rates())
+    assert found.exchange == 0
+    assert found.seconds == found.links == pytest.approx(2 * weights / 2 / 10e9)
 
 
 # --- the command ---
@@ -113,6 +154,18 @@ def test_plan_says_where_a_copy_for_each_gpu_is_faster(
 ) -> None:
     plan("--model", str(llama_folders["8b"]), "--gpus=2", "--gpu_memory=80")
     assert "faster: --sharding none" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("bandwidth", "is_faster"), [("1", False), ("100", True)])
+def test_a_copy_for_each_gpu_is_not_advised_over_slow_links_between_machines(
+    llama_folders: dict[str, Path], capsys: pytest.CaptureFixture[str], bandwidth: str, is_faster: bool
+) -> None:
+    """Gradients cross after backward, where those of sharded ranks cross while it goes on."""
+    settings = ["--gpus=2", "--nodes=2", "--gpu_memory=80", "--sharding=hybrid", f"--node_bandwidth={bandwidth}"]
+    plan("--model", str(llama_folders["8b"]), *settings, "--link_bandwidth=4")
+    assert ("faster: --sharding none" in capsys.readouterr().out) == is_faster
+    plan("--model", str(llama_folders["8b"]), *settings, "--sharding=none")
+    assert "  sums of gradients 0." in capsys.readouterr().out
 
 
 def test_plot_without_matplotlib_names_the_remedy(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, LlamaConfig
 from fsdp_qlora.build import build_model
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
+from fsdp_qlora.optim import BUCKET_BYTES
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.plan.planner import SLACK, Run, estimate
@@ -267,3 +268,18 @@ def test_gradients_of_an_earlier_micro_batch_are_counted(shape_of) -> None:
     first, later = (estimate(shape_of("8b"), Run(4, 2048, accumulates=again)) for again in (False, True))
     lora = sum(block.lora for block in shape_of("8b").blocks)
     assert later.gpu_bytes - first.gpu_bytes == pytest.approx((1 + SLACK) * lora, rel=1e-3)
+
+
+def test_blocks_that_a_rank_holds_whole_are_not_copied(shape_of) -> None:
+    """But for LoRA that comes from the host, and for gradients on their way to and from the other ranks."""
+    block = shape_of("8b").blocks[0]
+    whole = MemorySettings(checkpoint_blocks=32)
+    alone, several = (estimate(shape_of("8b"), Run(4, 2048, whole, num_replicas=number)) for number in (1, 2))
+    assert alone.phase == several.phase == "backward of the last block"
+    assert "running block" not in several.gpu
+    assert several.phases["optimizer"] - alone.phases["optimizer"] == pytest.approx((1 + SLACK) * BUCKET_BYTES, abs=1)
+    streamed, with_lora = (replace(whole, offload_blocks=32, offload_lora=away) for away in (False, True))
+    assert "running block" not in estimate(shape_of("8b"), Run(4, 2048, streamed)).gpu
+    assert estimate(shape_of("8b"), Run(4, 2048, with_lora)).gpu["running block"] == block.frozen + block.lora
+    sharded = [estimate(shape_of("8b", 2), Run(4, 2048, whole, num_replicas=number)) for number in (1, 2)]
+    assert sharded[0] == sharded[1], "FSDP sums gradients as it goes"
