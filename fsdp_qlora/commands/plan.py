@@ -114,7 +114,10 @@ def step_seconds(shape: ModelShape, run: Run, rates: Rates, num_nodes: int = 1) 
     if memory.offload_activations:
         fetched += 2 * memory.checkpoint_blocks * tokens * shape.widths.hidden * shape.itemsize
     lora = sum(block.lora for block in shape.blocks)
-    head = shape.head_bytes + (4 * shape.vocabulary_rows * shape.widths.hidden if shape.trained[1] else 0)
+    if shape.shares_logits:  # hidden states there, and their gradients back
+        head = 2 * shape.num_shards * tokens * shape.widths.hidden * shape.itemsize
+    else:
+        head = shape.head_bytes + (4 * shape.vocabulary_rows * shape.widths.hidden if shape.trained[1] else 0)
     gathered = 2 * sum(block.gathered for block in shape.blocks) + lora + head
     others = (shape.num_shards - 1) / shape.num_shards
     spans_nodes = shape.num_shards > run.local_ranks

@@ -44,6 +44,18 @@ def test_time_scales_with_its_rates_and_says_what_limits(shape_of) -> None:
     assert keeping.seconds == keeping.compute + keeping.host
 
 
+def test_few_ranks_exchange_hidden_states_and_more_ranks_the_head(shape_of) -> None:
+    def of_more_tokens(num_shards: int) -> float:
+        short, long = (
+            step_seconds(shape_of("8b", num_shards), Run(1, tokens, local_ranks=16), Rates()).links
+            for tokens in (1024, 2048)
+        )
+        return long - short
+
+    assert of_more_tokens(2) == pytest.approx(2 * 1024 * 4096 * 2 / 10e9), "to the other rank, and gradients back"
+    assert of_more_tokens(16) == 0
+
+
 def test_time_between_machines(shape_of) -> None:
     run = Run(1, 2048, MemorySettings(checkpoint_blocks=80), local_ranks=2)
     full, hybrid = (step_seconds(shape_of("70b", shards), run, Rates(), num_nodes=2) for shards in (4, 2))
