@@ -293,8 +293,9 @@ def _host(shape: ModelShape, run: Run) -> dict[str, int]:
     trained, trained_part = (sum(parts) for parts in zip(*matrices, shape.trained_rows, strict=True))
     lora_and_rows = lora + (shape.trained_rows[1] if memory.offload_vocabulary else 0)
     # what a thread writes while training goes on: copies of AdamW's two moments, and of the adapter, which one rank gathers,
-    # or the trained weights, of which each rank has its part
-    saved = min(ranks, shape.num_shards) * 3 * trained_part if shape.full else trained + ranks * 2 * trained_part
+    # or the trained weights, of which each rank has its part; replicas save nothing
+    saving = min(ranks, shape.num_shards)
+    saved = saving * 3 * trained_part if shape.full else trained + saving * 2 * trained_part
     sizes = {
         shape.held: ranks * sum(block.packed_part for block in offloaded),
         "embedding and head": ranks * shape.vocabulary_part if memory.offload_vocabulary else 0,

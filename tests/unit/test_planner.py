@@ -283,3 +283,12 @@ def test_blocks_that_a_rank_holds_whole_are_not_copied(shape_of) -> None:
     assert estimate(shape_of("8b"), Run(4, 2048, with_lora)).gpu["running block"] == block.frozen + block.lora
     sharded = [estimate(shape_of("8b", 2), Run(4, 2048, whole, num_replicas=number)) for number in (1, 2)]
     assert sharded[0] == sharded[1], "FSDP sums gradients as it goes"
+
+
+@pytest.mark.parametrize(("num_shards", "local_ranks"), [(1, 1), (1, 4), (4, 4), (8, 4)])
+def test_replicas_save_nothing(shape_of, num_shards: int, local_ranks: int) -> None:
+    """One rank gathers the adapter; the moments are those of the shards that the host's ranks hold, each once."""
+    shape = shape_of("8b", num_shards)
+    whole, part = (sum(getattr(block, size) for block in shape.blocks) for size in ("lora", "lora_part"))
+    found = estimate(shape, Run(1, 2048, local_ranks=local_ranks)).host["checkpoint being saved"]
+    assert found == whole + 2 * part * min(num_shards, local_ranks)
