@@ -55,6 +55,14 @@ def test_mistakes_are_found_first(train, hub: Hub, dataset: Path, more: tuple[st
     assert WEIGHTS not in hub.downloads()
 
 
+def test_evaluate_looks_at_the_data_first(train, hub: Hub) -> None:
+    program = [sys.executable, "-c", "from fsdp_qlora.cli import main; main()"]
+    result = train([*program, "evaluate", "--model=someone/tiny", "--dataset=gone.jsonl"])
+    assert "dataset gone.jsonl: no such file" in result.stderr
+    assert hub.downloads()
+    assert WEIGHTS not in hub.downloads()
+
+
 def test_without_mistakes_each_file_is_fetched_once(train, hub: Hub, dataset: Path, tmp_path: Path) -> None:
     result = train(command(dataset))
     assert result.returncode == 0, result.stderr
