@@ -181,7 +181,10 @@ def read_adapter_config(folder: Path) -> dict[str, Any]:
     """
     missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (folder / name).exists()]
     if missing:
-        raise CheckpointError(f"{folder}: no {missing[0]}; --adapter names a PEFT adapter folder")
+        saved = sorted((folder / "checkpoints").glob("step-*/adapter"))
+        other = f", or {saved[-1]}, the newest one of this unfinished run" if saved else ""
+        what = f"no {missing[0]}" if folder.is_dir() else "no such folder"
+        raise CheckpointError(f"{folder}: {what}; give the --output_dir of a training run or a PEFT adapter's{other}")
     try:
         config: dict[str, Any] = json.loads((folder / CONFIG_FILE).read_text())
         rank, alpha = int(config["r"]), float(config["lora_alpha"])

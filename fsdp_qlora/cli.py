@@ -7,8 +7,10 @@ import os
 import shutil
 import sys
 import textwrap
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import fire
 from fire.decorators import SetParseFn
@@ -57,6 +59,7 @@ ENVIRONMENT = {
 def main(argv: Sequence[str] | None = None) -> None:
     """Run one command; ends the process with exit code 2 for wrong settings, 1 for other errors, 130 for Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    warnings.formatwarning = _format_warning
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
@@ -67,6 +70,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     except KeyboardInterrupt:
         print("error: interrupted", file=sys.stderr)
         sys.exit(130)
+
+
+def _format_warning(
+    message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+) -> str:
+    """Return our own warnings as lines that begin as errors do; those of other packages with their place."""
+    is_own = Path(filename).is_relative_to(Path(__file__).parent)
+    return f"warning: {message}\n" if is_own else f"{filename}:{lineno}: {category.__name__}: {message}\n"
 
 
 def _dispatch(arguments: list[str]) -> None:

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import DynamicCache, GenerationConfig, PreTrainedTokenizerBase
 
+from fsdp_qlora.announce import announced
 from fsdp_qlora.distributed import Ranks, end_together, never, sum_over_ranks
 from fsdp_qlora.parallel import LossModel
 
@@ -54,7 +55,8 @@ def generate(
     together = batch_size * ranks.world_size
     own: dict[int, list[int]] = {}
     with _step_by_step(root):
-        for start in range(0, len(order), together):
+        starts = range(0, len(order), together)
+        for start in announced(starts, lambda done: f"answering: {done * together:,} of {len(order):,}", ranks.is_main):
             everyone = order[start : start + together]
             mine = everyone[ranks.rank :: ranks.world_size]
             # the same shape on all ranks, which exchange equal pieces; a rank without a prompt works on a dummy

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 import torch
 
 from fsdp_qlora import data
+from fsdp_qlora.announce import announced
 from fsdp_qlora.distributed import Ranks, end_together, never, sum_over_ranks
 from fsdp_qlora.forward import forward
 from fsdp_qlora.parallel import LossModel
@@ -46,7 +47,8 @@ def _sums(
     loss = torch.zeros((), dtype=torch.float64, device=ranks.device)
     correct = torch.zeros((), dtype=torch.int64, device=ranks.device)
     num_targets = 0
-    for index in range(loader.num_steps(0)):
+    steps = loader.num_steps(0)
+    for index in announced(range(steps), lambda done: f"evaluating: {done:,} of {steps:,} batches", ranks.is_main):
         end_together(is_stopping(), "evaluating")
         for batch in loader.step(0, index):
             result = forward(root, batch, ranks.device)

@@ -32,7 +32,8 @@ def read_prompts(config: TrainConfig, tokenizer: PreTrainedTokenizerBase) -> lis
     try:
         texts = [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"--sample_prompts={path} cannot be read ({error}); give a UTF-8 text file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise DataError(f"--sample_prompts={path} cannot be read ({reason}); give a UTF-8 text file") from error
     if not texts:
         raise DataError(f"--sample_prompts={path} is empty; write one prompt a line")
     prompts = list(zip(texts, encode_prompts(texts, tokenizer), strict=True))

@@ -19,6 +19,7 @@ from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, agree_on_errors, from_main, process_group
 from fsdp_qlora.errors import FsdpQloraError, Interrupted, TrainingError, describe, report, show
 from fsdp_qlora.profiling import check_profiling
+from fsdp_qlora.quant.fp8 import check_device
 from fsdp_qlora.run_folder import Progress, Status, take, write_exit
 from fsdp_qlora.stop import Stop
 from fsdp_qlora.watchdog import ENDING_S, GRACE_S, Watchdog
@@ -122,6 +123,8 @@ def _take_folder(session: Session) -> bool:
     config, ranks, finished = session.config, session.ranks, False
     with agree_on_errors(ranks, "preparing the output folder"):
         check_profiling(config, ranks.device)
+        if config.compute_dtype == "fp8":
+            check_device(ranks.device)
         if ranks.is_main:
             lock, finished = take(config)
             session.stack.callback(lock.release)

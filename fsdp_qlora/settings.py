@@ -13,7 +13,7 @@ import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import NoneType
+from types import MappingProxyType, NoneType
 from typing import Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
@@ -108,8 +108,12 @@ def parse(
     config_file: str | None,
     rules: Mapping[str, Rule],
     checks: Iterable[Check],
+    other_names: Mapping[str, str] = MappingProxyType({}),
 ) -> T:
     """Make settings from defaults, then a YAML file, then overrides ('-' and '_' are the same in names).
+
+    Args:
+        other_names: settings by what else they are called elsewhere, for hints on unknown names.
 
     Raises:
         ConfigError: one line for every unknown name, wrong type, broken rule and impossible combination.
@@ -124,7 +128,13 @@ def parse(
     for label, key, raw in given:
         name = key.replace("-", "_")
         if name not in known:
-            faults[name] = f"{label}: unknown setting; {_suggest(name, list(known), '--', 'see --help')}"
+            prefix, meant = "--" if label == f"--{key}" else "", other_names.get(name)
+            hint = (
+                f"did you mean {prefix}{meant}?"
+                if meant in known
+                else _suggest(name, list(known), prefix, "see --help")
+            )
+            faults[name] = f"{label}: unknown setting; {hint}"
             continue
         faults.pop(name, None)
         try:

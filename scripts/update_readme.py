@@ -14,7 +14,7 @@ from fsdp_qlora.settings import Setting, describe, show
 
 ROOT = Path(__file__).resolve().parents[1]
 
-MAIN_COMMANDS = ("train", "plan")
+MAIN_COMMANDS = ("train",)
 """Commands whose settings are in README.md; those of the others are in docs/settings.md."""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import unicodedata
 
 from rich.console import Console
 from rich.markup import escape
@@ -85,12 +86,17 @@ def marked(sample: Sample, *, coloured: bool) -> Text:
     """Return a sample whose targets are green, or stand between MARKS."""
     text = Text()
     for part, is_target in sample.runs:
-        shown = shorten(part)
+        shown = printable(shorten(part))
         if coloured:
             text.append(shown, "bold green" if is_target else "dim")
         else:
             text.append(MARKS[0] + shown + MARKS[1] if is_target else shown)
     return text
+
+
+def printable(text: str) -> str:
+    """Return a text whose control characters, by which a dataset could command the terminal, are written out as \\x1b."""
+    return "".join(one if one in "\n\t" or unicodedata.category(one) != "Cc" else f"\\x{ord(one):02x}" for one in text)
 
 
 def shorten(text: str) -> str:

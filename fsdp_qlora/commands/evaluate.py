@@ -22,7 +22,7 @@ from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, proces
 from fsdp_qlora.errors import ConfigError, DataError
 from fsdp_qlora.evaluation import evaluate
 from fsdp_qlora.files import write_file
-from fsdp_qlora.models.hub import resolve
+from fsdp_qlora.models.hub import commit_of, resolve, resolve_config
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.parallel import MemorySettings
 
@@ -66,7 +66,8 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
         adapter = None
         if config.adapter is not None:
             adapter = open_adapter(Path(config.adapter), config.model, config.revision)
-        base = resolve(adapter.base, adapter.revision) if adapter else resolve(config.model or "", config.revision)
+        name, revision = (adapter.base, adapter.revision) if adapter else (config.model or "", config.revision)
+        base = resolve_config(name, revision, tokenizer=True)
         tokenizer = load_tokenizer(tokenizer_folder(adapter, base))
         use_template(tokenizer, config.chat_template)
         report = data.DataReport(bad_rows=config.bad_rows)
@@ -76,6 +77,7 @@ def score(config: EvaluateConfig, ranks: Ranks) -> tuple[dict[str, float], list[
             raise DataError(f"dataset {config.dataset}: no answer begins within --context_length; raise it")
         vocab_size = read_config(base)[0].vocab_size
         data.check_vocabulary(examples, vocab_size)
+        base = resolve(name, commit_of(name, revision, base))  # only now: data that cannot be used costs no download
     built = _build(config, ranks, base, adapter)
     loader = data.make_loader(
         Mixture([examples]),

@@ -30,6 +30,7 @@ from fsdp_qlora.export.standalone import (
     Source,
     Target,
     check_folders,
+    check_output,
     copy,
     dense_config,
     dtype_of,
@@ -149,6 +150,7 @@ def run(config: MergeConfig) -> None:
     folder = find_adapter(Path(config.adapter))
     record = read_record(folder)
     base, revision = base_of(folder, config.model, config.revision)
+    check_output(config.output_dir, config.overwrite, folder, Path(base).expanduser())
     base_folder = resolve(base, revision)
     output = check_folders(config.output_dir, base_folder, folder)
     tokenizer_folder = folder if (folder / "tokenizer_config.json").exists() else base_folder

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import time
+from pathlib import Path
 
 from fsdp_qlora.config import QuantizeConfig
 from fsdp_qlora.distributed import pick_device
 from fsdp_qlora.export.standalone import (
     Target,
     check_folders,
+    check_output,
     copy,
     in_file_order,
     open_unquantized,
@@ -44,6 +46,7 @@ def quantize(config: QuantizeConfig) -> Written:
         CheckpointError: the output cannot be written.
     """
     device = pick_device(config.device)
+    check_output(config.output_dir, config.overwrite, Path(config.model).expanduser())
     folder = resolve(config.model, config.revision)
     output = check_folders(config.output_dir, folder)
     quant = QuantSettings(config.quant_type, config.double_quant)

@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import random
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +31,7 @@ from fsdp_qlora.fetch import fetch_once
 from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
-from fsdp_qlora.models.hub import download_cache, resolve
+from fsdp_qlora.models.hub import commit_of, download_cache, resolve, resolve_config
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import MemorySettings
@@ -39,7 +40,6 @@ from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.plan.planner import Run
 from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
-from fsdp_qlora.quant.fp8 import check_device
 from fsdp_qlora.record import describe, write_record
 from fsdp_qlora.resume import check_fit, find_checkpoint, identity_of, restore
 from fsdp_qlora.run_folder import (
@@ -80,7 +80,7 @@ def _train(session: Session) -> bool:
     if config.overwrite and not from_main(starts_over(config)):
         session.say("--overwrite: done at the first start of this job; this restart goes on")
     found = find_checkpoint(from_main(where_to_start(config)), output, ranks, session.say)
-    folder = _resolve_model(session)
+    folder = _resolve_config(session)
     lora, initial = _lora(config, ranks, folder)
     memory = _memory_settings(config, ranks, folder, lora)
     _cap_gpu_memory(config, ranks)
@@ -92,6 +92,7 @@ def _train(session: Session) -> bool:
         with agree_on_errors(ranks, "comparing the run with its checkpoint"):
             check_fit(found, config, identity, train, session.say)
             progress.step = progress.saved_step = found.manifest.position.step
+    folder = _fetch(session, functools.partial(resolve, config.model, commit_of(config.model, config.revision, folder)))
     built = _load_model(session, folder, lora, memory, found.adapter() if found else initial)
     identity["base"] = built.fingerprint
     sampler = Sampler(built.root, ranks, tokenizer, prompts, read_stop_ids(folder, tokenizer), config.max_new_tokens)
@@ -184,19 +185,24 @@ def _cap_gpu_memory(config: TrainConfig, ranks: Ranks) -> None:
     torch.cuda.set_per_process_memory_fraction(min(1.0, wanted * 2**30 / total), ranks.device)
 
 
-def _resolve_model(session: Session) -> Path:
-    """Return the model's folder, downloaded by few of the ranks."""
+def _fetch(session: Session, find: Callable[[], Path]) -> Path:
+    """Return the model's folder that `find` returns, which few of the ranks fill by a download."""
     config, ranks, progress = session.config, session.ranks, session.progress
     cache, limit_s = download_cache(config.model), config.download_timeout_s
     progress.limit_s = limit_s
     progress.beat("fetching the model")
-    fetch_once(lambda: resolve(config.model, config.revision), cache, ranks, limit_s + GRACE_S)
+    fetch_once(find, cache, ranks, limit_s + GRACE_S)
     progress.limit_s = config.timeout_s
     progress.beat("start-up")
+    with agree_on_errors(ranks, "looking for the model"):
+        return find()
+
+
+def _resolve_config(session: Session) -> Path:
+    """Return the model's folder, of a hub model without weights: settings and data are checked before these are fetched."""
+    config, ranks = session.config, session.ranks
+    folder = _fetch(session, functools.partial(resolve_config, config.model, config.revision, tokenizer=True))
     with agree_on_errors(ranks, "checking the settings"):
-        if config.compute_dtype == "fp8":
-            check_device(ranks.device)
-        folder = resolve(config.model, config.revision)
         model_config, _ = read_config(folder)
         longest = getattr(model_config, "max_position_embeddings", None)
         if longest is not None and config.context_length > longest:

@@ -25,6 +25,7 @@ from fsdp_qlora.config.export import QuantizeConfig as QuantizeConfig
 from fsdp_qlora.config.export import is_size
 from fsdp_qlora.config.lora import METHOD_CHECKS, METHOD_RULES, SHAPE_CHECKS, TRAINED_CHECKS, MethodSettings
 from fsdp_qlora.config.lora import InitializeConfig as InitializeConfig
+from fsdp_qlora.config.other_names import OTHER_NAMES
 from fsdp_qlora.settings import Check, Rule, Scalar
 
 T = TypeVar("T")
@@ -190,7 +191,7 @@ def parse(overrides: Mapping[str, object], config_file: str | None = None, cls: 
     Raises:
         ConfigError: every problem found, one a line, each with value, rule and remedy.
     """
-    return settings.parse(cls, overrides, config_file, RULES, CHECKS.get(cls, ()))
+    return settings.parse(cls, overrides, config_file, RULES, CHECKS.get(cls, ()), OTHER_NAMES)
 
 
 def _at_least(limit: int) -> Rule:

@@ -11,6 +11,7 @@ from pathlib import Path
 from filelock import FileLock
 from transformers import PreTrainedTokenizerBase
 
+from fsdp_qlora.announce import announced
 from fsdp_qlora.config.data import RowSettings
 from fsdp_qlora.data import hub
 from fsdp_qlora.data.demo import INSTALL
@@ -94,6 +95,6 @@ def _fill(folder: Path, dataset: str, config: RowSettings, tokenizer: PreTrained
     partial = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)  # left by a process that was killed
     report = DataReport(bad_rows=config.bad_rows)
-    rows = rows_of(dataset, config, report)
+    rows = announced(rows_of(dataset, config, report), lambda done: f"reading {dataset}: {done:,} rows")
     write_store(partial, tokenize_rows(rows, tokenizer, config, report), lambda: {"report": report.to_dict()})
     partial.rename(folder)

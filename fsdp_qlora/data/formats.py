@@ -111,7 +111,9 @@ def detect_format(columns: dict[str, object], where: str) -> str:
         if all(column in columns for column in needed):
             return name
     known = "; ".join(f"{name}: {', '.join(needed)}" for name, needed in COLUMNS.items())
-    raise DataError(f"{where}: the columns {', '.join(columns) or '(none)'} fit no known form ({known}); rename them")
+    separators = [mark for mark in (";", "\t") if len(columns) == 1 and mark in next(iter(columns))]
+    remedy = f"separate the columns by commas, not by {separators[0]!r}" if separators else "rename them"
+    raise DataError(f"{where}: the columns {', '.join(columns) or '(none)'} fit no known form ({known}); {remedy}")
 
 
 def check_row(where: str, content: Content) -> Row:

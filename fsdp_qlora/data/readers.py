@@ -45,8 +45,12 @@ def read_raw(dataset: str, *, hub_streaming: bool = False) -> Iterator[RawRow]:
             )
         yield from reader(path)
         return
+    if path.is_file():
+        raise DataError(
+            f"dataset {dataset!r}: files end in {', '.join(READERS)}; rename it, or convert it to one of these"
+        )
     name = hub.parse_name(dataset)
-    if path.is_file() or name is None:
+    if name is None:
         raise DataError(f"dataset {dataset!r} is neither a {', '.join(READERS)} file nor a hub id such as owner/name")
     for where, columns in hub.read_hub(dataset, name, hub_streaming):
         yield RawRow(where, columns)
@@ -66,11 +70,11 @@ def parse_line(where: str, line: bytes) -> RawRow:
     if len(line) > MAX_ROW_BYTES:
         return RawRow(where, {}, too_long(len(line)))
     try:
-        return json_row(where, json.loads(line.decode()))
+        return json_row(where, json.loads(line.decode().rstrip()))  # so that errors are of column, not of the next line
     except UnicodeDecodeError as error:
         return RawRow(where, {}, f"invalid UTF-8 at byte {error.start + 1}")
     except json.JSONDecodeError as error:
-        return RawRow(where, {}, f"invalid JSON at column {error.colno}: {error.msg}")
+        return RawRow(where, {}, f"invalid JSON at column {error.colno}: {error.msg}; a line holds one whole object")
     except (ValueError, RecursionError) as error:  # numbers of thousands of digits, thousands of brackets
         return RawRow(where, {}, f"invalid JSON: {error}")
 

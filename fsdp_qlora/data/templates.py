@@ -278,8 +278,9 @@ def use_template(tokenizer: PreTrainedTokenizerBase, path: str | None) -> None:
     try:
         tokenizer.chat_template = Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"--chat_template={path} cannot be read ({error}); give a UTF-8 file with a Jinja template"
+            f"--chat_template={path} cannot be read ({reason}); give a UTF-8 file with a Jinja template"
         ) from error
 
 

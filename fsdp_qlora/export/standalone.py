@@ -258,6 +258,19 @@ def dtype_of(config: Mapping[str, Any]) -> torch.dtype:
     return getattr(torch, named or "float32")  # type: ignore[no-any-return]
 
 
+def check_output(output_dir: str, overwrite: bool, *inputs: Path) -> None:
+    """Refuse an output folder that can never be used, before a model is fetched; what depends on it is checked later.
+
+    Raises:
+        ConfigError: it is one of the folders that are read, or holds what no killed run of such a command left.
+    """
+    output = check_folders(output_dir, *inputs)
+    if output.is_dir() and any(output.iterdir()) and not overwrite and not (output / STATE_FILE).exists():
+        raise ConfigError(
+            f"--output_dir={output} is not empty; choose another, or replace its content with --overwrite"
+        )
+
+
 def check_folders(output_dir: str, *inputs: Path) -> Path:
     """Return the output folder; ConfigError if it is one of those that are read."""
     output = Path(output_dir).expanduser()

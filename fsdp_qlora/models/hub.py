@@ -66,6 +66,14 @@ def resolve_config(model: str, revision: str | None = None, *, tokenizer: bool =
     return snapshot
 
 
+def commit_of(model: str, revision: str | None, folder: Path) -> str | None:
+    """Return the revision under which `resolve` finds the weights that go with the folder of `resolve_config`.
+
+    A branch may move in between: of a hub model it is the commit, by which its folder is named.
+    """
+    return revision if _is_local(model) else folder.name
+
+
 def _local_folder(model: str, revision: str | None) -> Path | None:
     """Return the folder of a model that needs no hub, with its config checked; None for hub models."""
     alias = ALIASES.get(model)
@@ -100,13 +108,17 @@ def _repo(model: str) -> str:
 def download_cache(model: str) -> Path | None:
     """Return the folder that `resolve` fills with a --model value; None for what never comes from the hub."""
     alias = ALIASES.get(model)
-    if alias is not None and alias.repo is None:
-        return cache_dir()
-    if alias is None and Path(model).expanduser().exists():
-        return None
+    if _is_local(model):
+        return None if alias is None else cache_dir()
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
+
+
+def _is_local(model: str) -> bool:
+    """Return whether a --model value never comes from the hub."""
+    alias = ALIASES.get(model)
+    return Path(model).expanduser().exists() if alias is None else alias.repo is None
 
 
 def cache_dir() -> Path:
@@ -125,6 +137,8 @@ def check_config(folder: Path, name: str | None = None) -> None:
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise ModelError(f"{name} is a LoRA adapter, not a base model; give the model it was trained on")
+        if (folder / "adapter" / "adapter_config.json").is_file():
+            raise ModelError(f"{name} is a training run of LoRA, not a model; give it as --adapter, or merge it first")
         raise ModelError(f"{name} has no config.json; give a folder made by save_pretrained or a hub model")
     for path in (folder / "config.json", folder / "tokenizer_config.json"):
         content = _read_json(path) if path.is_file() else {}
@@ -170,7 +184,8 @@ def _read_json(path: Path) -> dict[str, object]:
 def _unknown(model: str, folder: Path) -> str:
     if folder.is_file():
         return f"--model={model} is a file; give the folder that holds it"
-    hint = suggest(folder.name.lower(), list(ALIASES), f"aliases are {', '.join(ALIASES)}")
+    others = "check the path" if "/" in model else f"aliases are {', '.join(ALIASES)}"
+    hint = suggest(folder.name.lower(), list(ALIASES), others)
     return f"--model={model} is neither a local folder, an alias nor a hub id (owner/name); {hint}"
 
 

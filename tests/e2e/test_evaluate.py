@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from fsdp_qlora import announce
 from fsdp_qlora.commands import evaluate as scoring
 from fsdp_qlora.commands import train as finetune
 from fsdp_qlora.config import EvaluateConfig, TrainConfig
@@ -107,8 +108,9 @@ def test_the_command_finds_what_training_found(trained: Path, dataset: Path) -> 
 
 
 def test_the_base_alone_and_a_file_of_answers(
-    base: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    base: Path, dataset: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(announce, "INTERVAL_S", 0.0)
     path = tmp_path / "answers.jsonl"
     config = EvaluateConfig(
         model=str(base),
@@ -120,7 +122,9 @@ def test_the_base_alone_and_a_file_of_answers(
         device="cpu",
     )
     scoring.run(config)
-    out = capsys.readouterr().out
+    out, err = capsys.readouterr()
+    assert "evaluating: 0 of " in err
+    assert f"answering: 16 of {ANSWERS}, " in err
     assert "token accuracy: 0." in out
     assert f"exact match: 0.0000 (0 of {ANSWERS})" in out
     saved = [json.loads(line) for line in path.read_text().splitlines()]

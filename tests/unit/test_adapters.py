@@ -198,7 +198,7 @@ def cut(name: str, size: int) -> Callable[[Path], None]:
 
 
 UNREADABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "no config": (lambda f: (f / CONFIG_FILE).unlink(), f"no {CONFIG_FILE}; --adapter names a PEFT adapter folder"),
+    "no config": (lambda f: (f / CONFIG_FILE).unlink(), f"no {CONFIG_FILE}; give the --output_dir of a training run"),
     "no weights": (lambda f: (f / WEIGHTS_FILE).unlink(), f"no {WEIGHTS_FILE}"),
     "config cut short": (cut(CONFIG_FILE, 20), "is unreadable"),
     "config is a list": (lambda f: (f / CONFIG_FILE).write_text("[]"), "is unreadable"),
@@ -225,6 +225,15 @@ def test_unreadable_and_foreign_adapters_are_refused(saved: Path, case: str) -> 
     with pytest.raises(CheckpointError, match=message) as caught:
         read_adapter(saved)
     assert str(saved) in str(caught.value)
+
+
+def test_what_to_use_of_an_unfinished_run(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"gone: no such folder; .* or a PEFT adapter's$"):
+        read_adapter(tmp_path / "gone")
+    for step in (90, 100):
+        (tmp_path / "checkpoints" / f"step-{step:06}" / "adapter").mkdir(parents=True)
+    with pytest.raises(CheckpointError, match=r", or .*step-000100/adapter, the newest one of this unfinished run$"):
+        read_adapter(tmp_path)
 
 
 def test_values_are_float32_whatever_was_saved(saved: Path) -> None:

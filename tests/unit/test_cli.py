@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import types
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -103,6 +104,7 @@ def test_config_file_beside_flags(install: Callable[..., list[object]], tmp_path
         (("--lr", "1"), "error: --lr: unknown command"),
         (("train", "--lora_rnak", "8"), "error: --lora_rnak: unknown setting; did you mean --lora_rank?"),
         (("train", "--lora_rnak"), "error: --lora_rnak: unknown setting; did you mean --lora_rank?"),
+        (("train", "--learning-rate", "1"), "error: --learning_rate: unknown setting; did you mean --lr?"),
         (("train", "--nolr"), "error: --nolr: unknown setting"),
         (("train", "--help=1"), "error: --help: unknown setting"),
         (("train", "llama-70b"), "error: 'llama-70b' belongs to no setting; write --name value"),
@@ -243,3 +245,13 @@ def test_typo_and_help_are_answered_at_once_without_torch(argv: list[str]) -> No
     imported = {line.rsplit("|", 1)[1].strip() for line in done.stderr.splitlines() if line.startswith("import time:")}
     assert "fsdp_qlora.config" in imported
     assert not imported & {"torch", "transformers", "bitsandbytes", "huggingface_hub", "datasets", "wandb"}
+
+
+def test_own_warnings_are_lines_like_errors(
+    install: Callable[..., list[object]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)  # put back at the end
+    install()
+    cli.main(["train"])
+    assert warnings.formatwarning("wandb failed", UserWarning, cli.__file__, 7) == "warning: wandb failed\n"
+    assert warnings.formatwarning("old", UserWarning, "/x/torch/a.py", 7) == "/x/torch/a.py:7: UserWarning: old\n"

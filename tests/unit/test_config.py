@@ -11,6 +11,7 @@ import pytest
 from fsdp_qlora import config
 from fsdp_qlora.cli import COMMANDS
 from fsdp_qlora.config import GenerateConfig, TrainConfig
+from fsdp_qlora.config.other_names import OTHER_NAMES
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.settings import describe
 
@@ -183,13 +184,21 @@ def test_every_problem_is_reported_at_once(write) -> None:
     text = "\n".join(problems)
     for part in (
         "run.yaml: lr='fast'",
-        "run.yaml: seeds: unknown",
-        "did you mean --seed?",
+        "run.yaml: seeds: unknown setting; did you mean seed?",
         "did you mean --lora_rank?",
     ):
         assert part in text
     assert "--zzz: unknown setting; see --help" in text
     assert "hf_secret" not in text  # the value of an unknown name may be a token
+
+
+def test_names_of_other_trainers_lead_to_ours(write) -> None:
+    (problem,) = problems_of({}, write("max_seq_length: 512\n"))
+    assert problem.endswith("run.yaml: max_seq_length: unknown setting; did you mean context_length?")
+    known = {setting.name for command in COMMANDS for setting in describe(command.settings)}
+    assert set(OTHER_NAMES.values()) <= known
+    of_train = {setting.name for setting in describe(config.TrainConfig)}
+    assert not of_train & OTHER_NAMES.keys(), "a setting of our own is not unknown"
 
 
 def test_long_value_is_shortened() -> None:

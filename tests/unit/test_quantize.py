@@ -201,8 +201,10 @@ def test_refusals(base: Path, tmp_path: Path) -> None:
     weights = load_file(damaged / "model.safetensors")
     weights["model.layers.0.mlp.up_proj.weight"][3, 4] = torch.nan
     save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    unreachable = "someone/never-asked-for"  # neither is it fetched for a folder that is in use
     cases: list[tuple[QuantizeConfig, type[FsdpQloraError], str]] = [
         (config_for(base, tmp_path / "out"), ConfigError, "is not empty"),
+        (config_for(Path(unreachable), tmp_path / "out"), ConfigError, "is not empty"),
         (config_for(base, base), ConfigError, "is the folder that is read"),
         (config_for(tmp_path / "out", tmp_path / "again"), WeightsError, "is quantised already"),
         (config_for(damaged, tmp_path / "nan"), WeightsError, "up_proj.weight' holds NaN"),

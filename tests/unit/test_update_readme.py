@@ -55,7 +55,7 @@ def test_writes_all_tables_and_keeps_the_rest(script: ModuleType, folder: Path) 
     assert "**LoRA**" in text
     assert "| `--quant_type` | `auto` (or `nf4`" in text
     for command in COMMANDS:
-        assert f"### `fsdp-qlora {command.name}`" in (text if command.name in ("train", "plan") else others)
+        assert f"### `fsdp-qlora {command.name}`" in (text if command.name == "train" else others)
     assert "| `--adapter` | required |" in others
 
 

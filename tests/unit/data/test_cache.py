@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fsdp_qlora import announce
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.data import DataReport, Example, Loader, Mixture, TokenStore, cache, load_splits, store
 from fsdp_qlora.data.loader import group_by_length
@@ -49,6 +50,14 @@ def test_files_hold_what_memory_holds(dataset: str, tmp_path: Path, monkeypatch:
     assert digests[0] == digests[1], "a run goes on whatever --token_cache says"
     assert report == same_report == plain_report
     assert report.num_truncated > 0
+
+
+def test_long_readings_say_how_far_they_are(
+    dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(announce, "INTERVAL_S", 0.0)
+    load(settings(dataset, tmp_path))
+    assert f"reading {dataset}: 19 rows, 0 s so far" in capsys.readouterr().err
 
 
 def test_the_second_run_reads_no_rows(dataset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

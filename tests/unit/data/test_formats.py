@@ -77,7 +77,7 @@ def test_text(tmp_path: Path) -> None:
 
 
 MALFORMED = {
-    "bad JSON": (b'{"messages": [\n', r"invalid JSON at column \d+"),
+    "bad JSON": (b'{"messages": [\n', r"invalid JSON at column 15: .*; a line holds one whole object"),
     "cut JSON": (line(GOOD)[:-5] + b"\n", "invalid JSON"),
     "deep JSON": (b"[" * 100_000 + b"\n", "invalid JSON"),
     "no object": (b"[1, 2]\n", "expected a JSON object, found a list"),
@@ -164,6 +164,13 @@ def test_unknown_columns(tmp_path: Path) -> None:
     path = tmp_path / "data.jsonl"
     path.write_bytes(line({"question": "a", "reply": "b"}))
     with pytest.raises(DataError, match=r":1: the columns question, reply fit no known form \(messages: messages; "):
+        load(path)
+
+
+def test_csv_with_other_separators(tmp_path: Path) -> None:
+    path = tmp_path / "data.csv"
+    path.write_text("instruction;output\na;b\n")
+    with pytest.raises(DataError, match=r"separate the columns by commas, not by ';'"):
         load(path)
 
 

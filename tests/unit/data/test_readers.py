@@ -103,7 +103,9 @@ def test_empty_files_have_no_rows(tmp_path: Path, name: str) -> None:
 def test_names_that_are_no_dataset(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"nowhere\.jsonl: no such file"):
         list(read_raw(str(tmp_path / "nowhere.jsonl")))
-    for name in (write(tmp_path, "a.txt", b"x"), "../folder", "a b", "https://host/x", "a/b/c", "a:b:c:d"):
+    with pytest.raises(DataError, match=r"a\.txt': files end in \.jsonl, \.json, \.csv, \.parquet; rename it"):
+        list(read_raw(str(write(tmp_path, "a.txt", b"x"))))
+    for name in ("../folder", "a b", "https://host/x", "a/b/c", "a:b:c:d"):
         with pytest.raises(DataError, match=r"neither a \.jsonl, \.json, \.csv, \.parquet file nor a hub id"):
             list(read_raw(name))
 

@@ -105,11 +105,11 @@ def test_the_command_prints_marks_and_saves_a_page(
     monkeypatch.setattr(data_report, "load_tokenizer", lambda folder: tiny_tokenizer("chatml"))
     monkeypatch.setattr(data_report, "resolve_config", lambda *args, **kwargs: tmp_path)
     page = tmp_path / "page.html"
-    rows = [chat("is <b>[red]1</b> < 2?", "yes & " + "very " * 400 + "sure")]
+    rows = [chat("is <b>[red]1</b> < 2?\x1b[2J", "yes & " + "very " * 400 + "sure")]
     config = DataConfig(dataset=write(tmp_path / "r.jsonl", rows), save_html=str(page), context_length=4096)
     data_report.run(config)
     out = capsys.readouterr().out
-    assert "<|im_start|>user\nis <b>[red]1</b> < 2?<|im_end|>" in out, "texts are not markup"
+    assert "<|im_start|>user\nis <b>[red]1</b> < 2?\\x1b[2J<|im_end|>" in out, "texts are neither markup nor commands"
     assert "<|im_start|>assistant\n{+yes & very" in out
     assert re.search(r"\[\.\.\. [\d,]+ characters \.\.\.\].*sure<\|im_end\|>\+}", out)
     html = page.read_text()

@@ -285,6 +285,13 @@ def test_unfit_local_folder(tmp_path: Path, files: dict[str, str], kind: type[Ex
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.usefixtures("no_network")
+def test_a_run_in_the_place_of_a_model(tmp_path: Path) -> None:
+    make_folder(tmp_path / "adapter", adapter_config__json="{}")
+    with pytest.raises(ModelError, match="is a training run of LoRA, not a model; give it as --adapter"):
+        resolve(str(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("model", "text"),
     [
@@ -292,7 +299,7 @@ def test_unfit_local_folder(tmp_path: Path, files: dict[str, str], kind: type[Ex
         ("Llama-70B", "did you mean llama-70b?"),
         ("./qwen3-32", "did you mean qwen3-32b?"),
         ("zzz", "aliases are smollm2-135m, "),
-        ("/no/such/folder", "neither a local folder, an alias nor a hub id"),
+        ("/no/such/folder", "neither a local folder, an alias nor a hub id (owner/name); check the path"),
         ("../models/mine", "neither a local folder, an alias nor a hub id"),
         ("~/no/such/folder", "neither a local folder, an alias nor a hub id"),
         ("a/b/c", "neither a local folder, an alias nor a hub id"),
