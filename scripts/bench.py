@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import functools
 import multiprocessing
+import signal
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -229,6 +231,13 @@ def run_variant(variant: str, shape: Shape, steps: int, profile: str | None) -> 
     return timing
 
 
+def _end(*_: object) -> None:
+    """End with the variant that runs in a process of its own, which would go on and be in the way of what comes next."""
+    for child in multiprocessing.active_children():
+        child.kill()
+    sys.exit(1)
+
+
 def bench(
     shape: str = "llama-8b",
     num_blocks: int | None = None,
@@ -245,6 +254,7 @@ def bench(
     '-keep': without recomputation; '-offload': all blocks rest on the CPU; '-hidden': hidden states wait there;
     '-fp8': the base's products are in fp8 ('of floor' is that of bf16).
     """
+    signal.signal(signal.SIGTERM, _end)
     target = Path(folder or tempfile.mkdtemp())
     if not (target / "config.json").exists():
         random_checkpoint.make(shape, str(target), num_blocks)
