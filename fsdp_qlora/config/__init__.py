@@ -281,7 +281,7 @@ RULES: dict[str, Rule] = {
 def _offload_without_shards(config: TrainConfig | PlanConfig) -> str | None:
     if config.sharding == "none" and config.cpu_offload not in ("auto", "none", "0"):
         return (
-            f"--sharding=none with --cpu_offload={config.cpu_offload}: every rank would hold a copy of its own in CPU memory;"
+            f"--sharding=none with --cpu_offload={config.cpu_offload}: every rank would hold its own copy in CPU memory;"
             " use --sharding=full"
         )
     return None
