@@ -14,7 +14,7 @@ import pytest
 from fsdp_qlora.stop import SIGNALS, Stop
 
 GROUP = """
-import os, signal, subprocess, sys
+import os, signal, subprocess, sys, time
 from fsdp_qlora.stop import Stop
 
 with Stop(speaks=False) as stop:
@@ -23,6 +23,9 @@ with Stop(speaks=False) as stop:
     child.stdout.readline()
     os.killpg(os.getpgrp(), signal.Signals[sys.argv[1]])
     child.communicate("go on")
+    deadline = time.monotonic() + 20  # a thread reads the signals
+    while stop.received is None and time.monotonic() < deadline:
+        time.sleep(0.01)
     print(child.returncode, stop.received)
 """
 """A process that starts another, as torch.compile starts its workers, and sends a signal to both."""
