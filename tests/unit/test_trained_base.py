@@ -47,12 +47,15 @@ def test_the_base_is_that_of_training(
     write_adapter(tmp_path / "adapter", {"x.lora_A.weight": torch.zeros(5, 64)}, config)
     asked = []
 
-    def resolve(base: str, revision: str | None) -> Path:
+    def resolve(base: str, revision: str | None, **_: object) -> Path:
         asked.append((base, revision))
         raise ModelError("no such model")
 
     run, cls = COMMANDS[command]
-    monkeypatch.setattr(sys.modules[run.__module__], "resolve", resolve)
+    first = {"evaluate": "resolve_config"}.get(
+        command, "resolve"
+    )  # evaluate looks at its data before it fetches weights
+    monkeypatch.setattr(sys.modules[run.__module__], first, resolve)
     own = {"generate": {"prompt": "Hi"}, "evaluate": {}, "merge": {"output_dir": str(tmp_path / "out")}}[command]
     with pytest.raises(ModelError):
         run(cls(adapter=str(tmp_path), device="cpu", **own, **settings))
