@@ -16,6 +16,7 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import fire
@@ -97,8 +98,21 @@ def _objects_of_rank_0(found: list[object], own: object, group: object = None) -
     found[:] = [own] * len(found)
 
 
-def measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
-    """Return the bytes on the GPU and on the host at their peaks."""
+def shared_gib() -> dict[str, float]:
+    """Return the GiB of this process's shared memory by what it is a mapping of; what the planner does not know is there."""
+    found: dict[str, float] = {}
+    name = ""
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        first, *others = line.split()
+        if not first.endswith(":"):
+            name = f"{' '.join(others[4:]) or 'anonymous'} {others[0]}"
+        elif first == "Pss:" and name.endswith("s"):  # rw-s: shared
+            found[name] = found.get(name, 0) + int(others[0]) / 2**20
+    return {name: round(size, 2) for name, size in found.items() if size > 0.1}
+
+
+def measure(case: Case, folder: Path, steps: int) -> dict[str, Any]:
+    """Return the bytes on the GPU and on the host at their peaks, and GiB of shared memory by its name."""
     ranks = _ranks(case.world_size)
     count = random_checkpoint.llama_config(f"llama-{case.shape}").num_hidden_layers
     with mock.patch.object(dist, "all_gather_object", _objects_of_rank_0):
@@ -132,6 +146,7 @@ def measure(case: Case, folder: Path, steps: int) -> dict[str, float]:
         "allocated": torch.cuda.max_memory_allocated(),
         "context": total - free - torch.cuda.memory_reserved(),
         "host": host,
+        "shared": shared_gib(),
     }
 
 
@@ -145,13 +160,13 @@ def estimated(case: Case, folder: Path) -> tuple[float, float]:
     return wanted.gpu_bytes, wanted.host_bytes - wanted.host.get("checkpoint being saved", 0)
 
 
-def _apart(number: int, folder: Path, steps: int) -> dict[str, float] | str:
+def _apart(number: int, folder: Path, steps: int) -> dict[str, Any] | str:
     """Measure in a process of its own; return what it said where it failed."""
     command = [sys.executable, __file__, f"--case={number}", f"--folder_{CASES[number].shape}={folder}"]
     result = subprocess.run([*command, f"--steps={steps}"], capture_output=True, text=True)
     if result.returncode:
         return (result.stderr.strip().splitlines() or ["no message"])[-1][:300]
-    found: dict[str, float] = json.loads(result.stdout.splitlines()[-1])
+    found: dict[str, Any] = json.loads(result.stdout.splitlines()[-1])
     return found
 
 
@@ -193,6 +208,7 @@ def main(
             gpu, host = estimated(CASES[number], folders[CASES[number].shape])
             cells = [str(CASES[number]), *_columns(gpu, found["gpu"]), *_columns(host, found["host"])]
             rest = f"allocated {found['allocated'] / GIB:.2f}, context {found['context'] / GIB:.2f}"
+            rest += f", shared {found['shared']}"
             print(f"| {' | '.join(cells)} | {rest}", flush=True)
 
 
