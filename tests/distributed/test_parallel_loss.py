@@ -40,9 +40,9 @@ def make_head() -> Tensor:
 def vocabulary(ranks: Any, trained: bool) -> ShardedVocabulary:
     """Return the head with this rank's rows."""
     head = ShardedVocabulary(VOCABULARY, HIDDEN, torch.float32, ranks, trained=trained)
-    rows = make_head()[head.first : head.stop].clone()
+    rows = make_head()[head.first : head.stop].to(ranks.device)
     if trained:
-        local = torch.empty_like(head.weight, device="cpu")
+        local = torch.empty_like(head.weight, device=ranks.device)
         local._local_tensor = rows
         head.weight = nn.Parameter(local)
     else:
@@ -50,12 +50,12 @@ def vocabulary(ranks: Any, trained: bool) -> ShardedVocabulary:
     return head
 
 
-def on_rank(rows_of_chunk: int, softcap: float | None, ignored: bool, trained: bool) -> dict[str, Any]:
+def on_rank(device: str, rows_of_chunk: int, softcap: float | None, ignored: bool, trained: bool) -> dict[str, Any]:
     """Return this rank's loss, gradients and predictions, and the sizes of the logits that it made."""
-    with process_group("full", timeout_s=60, device="cpu") as ranks:
+    with process_group("full", timeout_s=60, device=device) as ranks:
         head = vocabulary(ranks, trained)
         assert head.is_parallel
-        hidden, labels = make_inputs(ranks.rank, ignored)
+        hidden, labels = (tensor.to(ranks.device) for tensor in make_inputs(ranks.rank, ignored))
         hidden.requires_grad_()
         sizes: list[int] = []
         real = F.linear
@@ -77,22 +77,28 @@ def on_rank(rows_of_chunk: int, softcap: float | None, ignored: bool, trained: b
             "loss": total.item(),
             "evaluated": evaluated["loss"].item(),
             "correct": evaluated["correct"].item(),
-            "grad": hidden.grad.numpy(),
-            "of_rows": head.weight.grad.to_local().numpy() if trained else None,
-            "likely": most_likely(hidden.detach()[:1] if len(hidden) else torch.zeros(1, HIDDEN), head).item(),
+            "grad": hidden.grad.cpu().numpy(),
+            "of_rows": head.weight.grad.to_local().cpu().numpy() if trained else None,
+            "likely": most_likely(hidden.detach()[:1] if len(hidden) else hidden.new_zeros(1, HIDDEN), head).item(),
             "most": max(sizes),
         }
 
 
-@pytest.mark.parametrize(
-    ("rows_of_chunk", "softcap", "ignored", "trained"),
-    [(8, None, False, False), (1, 3.0, True, True), (1000, None, True, True), (12, 3.0, False, False)],
-)
+CASES = [(8, None, False, False), (1, 3.0, True, True), (1000, None, True, True), (12, 3.0, False, False)]
+"""Rows of a chunk, soft cap, whether some labels are IGNORE, whether the head is trained."""
+
+
+@pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("world_size", [2, 4])
-def test_equals_cross_entropy(
-    world_size: int, rows_of_chunk: int, softcap: float | None, ignored: bool, trained: bool
+def test_equals_cross_entropy(world_size: int, case: tuple[int, float | None, bool, bool]) -> None:
+    check_against_cross_entropy("cpu", world_size, *case)
+
+
+def check_against_cross_entropy(
+    device: str, world_size: int, rows_of_chunk: int, softcap: float | None, ignored: bool, trained: bool
 ) -> None:
-    found = run_ranks(on_rank, world_size, rows_of_chunk, softcap, ignored, trained)
+    args = device, rows_of_chunk, softcap, ignored, trained
+    found = run_ranks(on_rank, world_size, *args, cuda=device == "cuda")
     head = make_head().double().requires_grad_()
     for rank, one in enumerate(found):
         hidden, labels = make_inputs(rank, ignored)
