@@ -34,6 +34,7 @@ from fsdp_qlora.plan.choice import (
 )
 from fsdp_qlora.plan.model_shape import ModelShape, model_shape
 from fsdp_qlora.plan.planner import Estimate, Run
+from fsdp_qlora.plan.training import NOT_SHARDED, copies
 from fsdp_qlora.quant.adapt import QuantSettings
 
 
@@ -173,14 +174,14 @@ def run(config: PlanConfig) -> None:
 
 def _faster(config: PlanConfig, folder: Path, budget: Budget, request: Request, choice: Choice) -> str:
     """Return a hint at a sharding that fits too and moves less; empty if there is none."""
-    if config.sharding != "none" and not choice.memory.offload_blocks and config.nodes * config.gpus > 1:
-        run = replace(request.run, num_replicas=_num_replicas(config, "none"))
-        alone = choose_or_none(_shape(config, folder, "none"), budget, replace(request, run=run, sharded=False))
-        if alone is not None and alone.memory.checkpoint_blocks <= choice.memory.checkpoint_blocks:
+    num_ranks = config.nodes * config.gpus
+    if config.sharding != "none" and not choice.memory.offload_blocks and num_ranks > 1:
+        alone = copies(_shape(config, folder, "none"), budget, request, choice, num_ranks)
+        if alone is not None:
             # what is gathered within a machine costs more than it should, so that the estimate does not decide there
             times = [_seconds(config, folder, way, of) for way, of in (("none", alone), (config.sharding, choice))]
             if config.nodes == 1 or times[0] < times[1]:
-                return "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
+                return NOT_SHARDED
     if config.sharding == "full" and config.nodes > 1:
         found = choose_or_none(_shape(config, folder, "hybrid"), budget, request)
         if found is None:

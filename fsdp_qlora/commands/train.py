@@ -28,16 +28,14 @@ from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_m
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.export.full_model import save_model
 from fsdp_qlora.fetch import fetch_once
-from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import commit_of, download_cache, resolve, resolve_config
 from fsdp_qlora.models.skeleton import read_config
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.plan.choice import Request, budget_of, choose, choose_on_cpu, in_words
-from fsdp_qlora.plan.model_shape import model_shape
-from fsdp_qlora.plan.planner import Run
+from fsdp_qlora.plan.model_shape import ModelShape, model_shape
+from fsdp_qlora.plan.training import memory_settings
 from fsdp_qlora.profiling import profiling
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.record import describe, write_record
@@ -306,38 +304,12 @@ def _quant_settings(config: TrainConfig, ranks: Ranks) -> QuantSettings:
 
 def _memory_settings(config: TrainConfig, ranks: Ranks, folder: Path, lora: LoraSettings | None) -> MemorySettings:
     """Resolve the autos, equally on all ranks; ConfigError for a run that cannot fit."""
-    with agree_on_errors(ranks, "planning the memory"):
-        dtype = compute_dtype(config.precision, ranks.device)
-        shape = model_shape(folder, _quant_settings(config, ranks), lora, dtype)
-    budget, local_ranks = budget_of(ranks, config.gpu_memory, config.cpu_memory)
-    request = Request(
-        Run(
-            config.batch_size,
-            config.context_length,
-            local_ranks=local_ranks,
-            num_replicas=ranks.num_replicas,
-            accumulates=config.gradient_accumulation_steps > 1,
-            has_dropout=config.lora_dropout > 0,
-            compiled=_compiles(config, ranks),
-        ),
-        config.cpu_offload,
-        config.activation_checkpointing,
-        config.activation_offload,
-        sharded=config.sharding != "none",
-    )
-    if ranks.device.type == "cpu":
-        memory = choose_on_cpu(shape, budget, request)
-        _say(ranks, f"memory: {in_words(shape, memory)}")
-        return memory
-    choice = choose(shape, budget, request)
-    wanted = choice.estimate
-    _say(
-        ranks,
-        f"memory: {in_words(shape, choice.memory)}; about {wanted.gpu_bytes / GIB:.1f} of {budget.gpu / GIB:.1f}"
-        f" GiB a GPU and {wanted.host_bytes / GIB:.1f} of {budget.host / GIB:.1f} GiB of host memory"
-        + ("" if choice.fits else ": expected to run out of memory"),
-    )
-    return choice.memory
+
+    def shape_of(num_shards: int) -> ModelShape:
+        quant = dataclasses.replace(_quant_settings(config, ranks), num_shards=num_shards)
+        return model_shape(folder, quant, lora, compute_dtype(config.precision, ranks.device))
+
+    return memory_settings(config, ranks, shape_of, _compiles(config, ranks), functools.partial(_say, ranks))
 
 
 def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None:

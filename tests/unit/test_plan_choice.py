@@ -22,8 +22,9 @@ from fsdp_qlora.plan.choice import (
     largest_batch,
     longest_context,
 )
-from fsdp_qlora.plan.model_shape import model_shape
+from fsdp_qlora.plan.model_shape import ModelShape, model_shape
 from fsdp_qlora.plan.planner import Run, estimate
+from fsdp_qlora.plan.training import NOT_SHARDED, memory_settings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
 
@@ -170,6 +171,29 @@ def resolved(folder: Path, gpu_memory: tuple[str, ...], host_gib: tuple[float, .
             return finetune._memory_settings(settings, on_cuda, folder, lora)
         except ConfigError as error:
             return str(error)
+
+
+def said(folder: Path, gpu_gib: str, cpu_offload: str) -> list[str]:
+    """Return what a training run on CUDA would say of its memory."""
+    lines: list[str] = []
+    with process_group("full", 60, device="cpu") as ranks:
+        settings = TrainConfig(gpu_memory=gpu_gib, cpu_memory=64.0, cpu_offload=cpu_offload)
+
+        def shape_of(num_shards: int) -> ModelShape:
+            return model_shape(folder, QuantSettings(num_shards=num_shards), LoraSettings(16, 16.0), torch.bfloat16)
+
+        memory_settings(settings, replace(ranks, device=torch.device("cuda")), shape_of, True, lines.append)
+    return lines
+
+
+@pytest.mark.parametrize(
+    ("gpu_gib", "cpu_offload", "is_faster"), [("80", "auto", True), ("6", "auto", False), ("80", "all", False)]
+)
+def test_a_run_says_where_a_copy_for_each_gpu_is_faster(
+    llama_folders: dict[str, Path], gpu_gib: str, cpu_offload: str, is_faster: bool
+) -> None:
+    for lines in run_ranks(said, 2, llama_folders["8b"], gpu_gib, cpu_offload):
+        assert (NOT_SHARDED in lines) == is_faster, lines
 
 
 def test_autos_are_resolved_alike_on_all_ranks_by_the_smallest(llama_folders: dict[str, Path]) -> None:
