@@ -224,8 +224,7 @@ def test_smollm2_follows_peft(ranks: Ranks) -> None:
     pair, loader = reference.smollm2(ranks, TOKENS)
     assert_base_equal(pair)
     curves = reference.train_both(pair, ranks, loader, num_steps=10, lr=reference.SMOLLM2_LR)
-    # with logits up to 38, PyTorch's cross-entropy in float32 is 1.5e-6 from that in float64, ours 4e-8
-    assert curves.ours[0] == pytest.approx(curves.peft[0], rel=3e-6)
+    assert curves.ours[0] == pytest.approx(curves.peft[0], rel=1e-6)
     assert curves.max_deviation < 1e-2
     assert curves.peft[-1] < curves.peft[0]
 
