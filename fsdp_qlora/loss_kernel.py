@@ -15,6 +15,23 @@ COLUMNS_PER_STEP = 8192
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _write_gradient(  # type: ignore[no-untyped-def]
+    row_ptr, label, largest, total, num_columns, softcap, SOFTCAP: tl.constexpr, STEP: tl.constexpr
+):
+    for start in range(0, num_columns, STEP):
+        columns = start + tl.arange(0, STEP)
+        inside = columns < num_columns
+        scores = tl.load(row_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        slope = 1.0
+        if SOFTCAP:
+            capped = 2 * tl.sigmoid(2 * scores / softcap) - 1
+            scores = softcap * capped
+            slope = 1 - capped * capped
+        grad = (tl.exp(scores - largest) / total - tl.where(columns == label, 1.0, 0.0)) * slope
+        tl.store(row_ptr + columns, grad.to(row_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
     logits_ptr,
     labels_ptr,
@@ -67,17 +84,7 @@ def _cross_entropy_kernel(  # type: ignore[no-untyped-def]
             largest = tl.load(largest_ptr)
             total = tl.load(total_ptr)
         if GRADIENT:
-            for start in range(0, num_columns, STEP):
-                columns = start + tl.arange(0, STEP)
-                inside = columns < num_columns
-                scores = tl.load(logits_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-                slope = 1.0
-                if SOFTCAP:
-                    capped = 2 * tl.sigmoid(2 * scores / softcap) - 1
-                    scores = softcap * capped
-                    slope = 1 - capped * capped
-                grad = (tl.exp(scores - largest) / total - tl.where(columns == label, 1.0, 0.0)) * slope
-                tl.store(logits_ptr + columns, grad.to(logits_ptr.dtype.element_ty), mask=inside)
+            _write_gradient(logits_ptr, label, largest, total, num_columns, softcap, SOFTCAP, STEP)
 
 
 def row_statistics(
