@@ -20,11 +20,13 @@ from fsdp_qlora.models.hub import resolve_config
 from fsdp_qlora.parallel import spread
 from fsdp_qlora.plan.choice import (
     CONTEXT_STEP,
+    NOT_SHARDED,
     Budget,
     Choice,
     Request,
     choose,
     choose_or_none,
+    copies,
     in_words,
     largest_batch,
     longest_context,
@@ -34,7 +36,6 @@ from fsdp_qlora.plan.choice import (
 )
 from fsdp_qlora.plan.model_shape import ModelShape, model_shape
 from fsdp_qlora.plan.planner import Estimate, Run
-from fsdp_qlora.plan.training import NOT_SHARDED, copies
 from fsdp_qlora.quant.adapt import QuantSettings
 
 

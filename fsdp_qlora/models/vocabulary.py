@@ -18,7 +18,8 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from fsdp_qlora.distributed import Ranks, all_gather_single, reduce_scatter_single, shard_rows
 
 MOST_PARALLEL = 8
-"""Shards up to which the logits are shared out; with more, the hidden states of all ranks are more than the head."""
+"""Shards up to which the logits are shared out; with more, the hidden states of all ranks (of 8,000 tokens
+each) are more than the head."""
 
 
 def shares_logits(num_rows: int, num_shards: int) -> bool:

@@ -16,6 +16,8 @@ from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.model_shape import ModelShape
 from fsdp_qlora.plan.planner import CONTEXT_BYTES, PROCESS_BYTES, Estimate, Run, estimate
 
+NOT_SHARDED = "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
+
 RESERVE = 0.02
 """Share of a GPU that a choice leaves free, for estimates that are a little low."""
 
@@ -123,6 +125,17 @@ def choose_or_none(shape: ModelShape, budget: Budget, request: Request) -> Choic
         if budget.holds(wanted):
             return Choice(memory, wanted, fits=True)
     return None
+
+
+def copies(alone: ModelShape, budget: Budget, request: Request, choice: Choice, num_copies: int) -> Choice | None:
+    """Return the settings with a whole base on every GPU; None if they do not fit, or compute more again than `choice`.
+
+    Args:
+        alone: the model with one shard.
+    """
+    run = replace(request.run, num_replicas=num_copies)
+    found = choose_or_none(alone, budget, replace(request, run=run, sharded=False))
+    return found if found is not None and found.memory.checkpoint_blocks <= choice.memory.checkpoint_blocks else None
 
 
 def choose_on_cpu(shape: ModelShape, budget: Budget, request: Request) -> MemorySettings:

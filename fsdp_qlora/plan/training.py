@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.parallel import MemorySettings
-from fsdp_qlora.plan.choice import Budget, Choice, Request, budget_of, choose, choose_on_cpu, choose_or_none, in_words
+from fsdp_qlora.plan.choice import NOT_SHARDED, Request, budget_of, choose, choose_on_cpu, copies, in_words
 from fsdp_qlora.plan.model_shape import ModelShape
 from fsdp_qlora.plan.planner import Run
-
-NOT_SHARDED = "faster: --sharding none; every GPU can hold the whole base, and nothing needs to be gathered"
 
 
 def memory_settings(
@@ -65,14 +62,3 @@ def memory_settings(
     if within_a_node and resident and copies(shape_of(1), budget, request, choice, ranks.world_size) is not None:
         say(NOT_SHARDED)
     return choice.memory
-
-
-def copies(alone: ModelShape, budget: Budget, request: Request, choice: Choice, num_copies: int) -> Choice | None:
-    """Return the settings with a whole base on every GPU; None if they do not fit, or compute more again than `choice`.
-
-    Args:
-        alone: the model with one shard.
-    """
-    run = replace(request.run, num_replicas=num_copies)
-    found = choose_or_none(alone, budget, replace(request, run=run, sharded=False))
-    return found if found is not None and found.memory.checkpoint_blocks <= choice.memory.checkpoint_blocks else None

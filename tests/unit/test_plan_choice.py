@@ -14,6 +14,7 @@ from fsdp_qlora.distributed import process_group
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.choice import (
+    NOT_SHARDED,
     Budget,
     Request,
     candidates,
@@ -24,7 +25,7 @@ from fsdp_qlora.plan.choice import (
 )
 from fsdp_qlora.plan.model_shape import ModelShape, model_shape
 from fsdp_qlora.plan.planner import Run, estimate
-from fsdp_qlora.plan.training import NOT_SHARDED, memory_settings
+from fsdp_qlora.plan.training import memory_settings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.ranks import run_ranks
 
