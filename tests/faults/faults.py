@@ -50,6 +50,7 @@ def _raise() -> None:
 
 
 def _signal(*numbers: int, pause_s: float = 0.0) -> None:
+    """Send signals to this process, with time for the thread that reads them."""
     for number in numbers:
         os.kill(os.getpid(), number)
         time.sleep(pause_s)
@@ -60,9 +61,9 @@ KINDS: dict[str, Callable[[], None]] = {
     "raise": _raise,
     "exit": functools.partial(os._exit, 0),
     "pause": functools.partial(_signal, signal.SIGSTOP),
-    "SIGTERM": functools.partial(_signal, signal.SIGTERM),
-    "SIGINT": functools.partial(_signal, signal.SIGINT),
-    "SIGUSR1": functools.partial(_signal, signal.SIGUSR1),
+    "SIGTERM": functools.partial(_signal, signal.SIGTERM, pause_s=0.5),
+    "SIGINT": functools.partial(_signal, signal.SIGINT, pause_s=0.5),
+    "SIGUSR1": functools.partial(_signal, signal.SIGUSR1, pause_s=0.5),
     "SIGTERM, forwarded again": functools.partial(_signal, signal.SIGTERM, signal.SIGTERM, pause_s=0.2),
     "SIGTERM twice": functools.partial(_signal, signal.SIGTERM, signal.SIGTERM, pause_s=2.3),
 }
