@@ -62,11 +62,11 @@ def gathered_hashes(case: Case, ranks: Ranks) -> dict[str, str]:
     # a quantised checkpoint was made on the CPU, where scales may be rounded another way than on a GPU
     device = torch.device("cpu") if case.folder else ranks.device
     hashes = {}
+    for linear in lora_linears(built.root):  # before the first gather, which has the next block's weights on their way
+        assert local(linear).dtype == STORAGE_DTYPES[case.storage]
+        assert isinstance(linear.packed, DTensor) or ranks.num_shards == 1
+        assert local(linear).device.type == ("cpu" if case.cpu_offload else ranks.device.type)
     for block in built.skeleton.blocks:
-        for linear in lora_linears(block):
-            assert local(linear).dtype == STORAGE_DTYPES[case.storage]
-            assert isinstance(linear.packed, DTensor) or ranks.num_shards == 1
-            assert local(linear).device.type == ("cpu" if case.cpu_offload else ranks.device.type)
         with gathered(block):
             for linear in lora_linears(block):
                 size = linear.layout.num_bytes
