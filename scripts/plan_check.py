@@ -112,7 +112,7 @@ def shared_gib() -> dict[str, float]:
 
 
 def measure(case: Case, folder: Path, steps: int) -> dict[str, Any]:
-    """Return the bytes on the GPU and on the host at their peaks, and GiB of shared memory by its name."""
+    """Return the bytes on the GPU and on the host at their peaks, those torch pinned, and GiB of shared memory by name."""
     ranks = _ranks(case.world_size)
     count = random_checkpoint.llama_config(f"llama-{case.shape}").num_hidden_layers
     with mock.patch.object(dist, "all_gather_object", _objects_of_rank_0):
@@ -147,6 +147,7 @@ def measure(case: Case, folder: Path, steps: int) -> dict[str, Any]:
         "context": total - free - torch.cuda.memory_reserved(),
         "host": host,
         "shared": shared_gib(),
+        "pinned": torch.cuda.host_memory_stats().get("allocated_bytes.peak", 0),  # by torch: not our arenas
     }
 
 
@@ -208,7 +209,7 @@ def main(
             gpu, host = estimated(CASES[number], folders[CASES[number].shape])
             cells = [str(CASES[number]), *_columns(gpu, found["gpu"]), *_columns(host, found["host"])]
             rest = f"allocated {found['allocated'] / GIB:.2f}, context {found['context'] / GIB:.2f}"
-            rest += f", shared {found['shared']}"
+            rest += f", shared {found['shared']}, pinned by torch {found['pinned'] / GIB:.2f}"
             print(f"| {' | '.join(cells)} | {rest}", flush=True)
 
 

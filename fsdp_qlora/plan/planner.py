@@ -72,9 +72,10 @@ STREAM_BUFFERS = 2
 """Buffers of a WeightStream, each for the 4-bit weights of a block."""
 
 COMPLETE = ("backward of the first block", "backward of the embedding", "optimizer")
-"""Phases in which the gradients of the other blocks are there, though no earlier micro-batch left any."""
+"""Phases in which the gradients of the other blocks are there, though no earlier micro-batch left any. FSDP's, which it sums
+on a stream of its own, lie in memory that serves nothing else in the other phases either."""
 
-SLACK = 0.15
+SLACK = 0.10
 """The allocator's fragmentation, as a share of all that comes and goes (docs/cuda.md has the measurements)."""
 
 CONTEXT_BYTES = GIB // 2
@@ -140,11 +141,11 @@ class Estimate:
 
 def estimate(shape: ModelShape, run: Run) -> Estimate:
     """Return what a training step takes on the GPU of one rank and on its host."""
-    resting, gradients = _resting(shape, run)
+    resting, summed, trained = _resting(shape, run)
     phases = {}
     for phase, transient in _phases(shape, run).items():
-        complete = run.accumulates or phase in COMPLETE
-        transient["gradients"] = transient.get("gradients", 0) + (gradients if complete else 0)
+        others = trained if run.accumulates or phase in COMPLETE else summed
+        transient["gradients"] = transient.get("gradients", 0) + others
         slack = SLACK * sum(transient.values())
         alive = {**resting, **transient, "allocator slack": slack, "CUDA context": CONTEXT_BYTES}
         phases[phase] = {name: round(size) for name, size in alive.items() if size}
@@ -153,8 +154,8 @@ def estimate(shape: ModelShape, run: Run) -> Estimate:
     return Estimate(worst, phases[worst], _host(shape, run), totals)
 
 
-def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
-    """Return what is on the GPU in every phase, and the bytes of this rank's gradients there."""
+def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float, float]:
+    """Return what is on the GPU in every phase, and of this rank's gradients there the bytes of FSDP's and of all."""
     memory = run.memory
     offloaded = spread(memory.offload_blocks, len(shape.blocks))
     lora = sum(
@@ -176,7 +177,7 @@ def _resting(shape: ModelShape, run: Run) -> tuple[dict[str, float], float]:
         resting["gathered blocks"] = GATHER_BUFFERS * shape.gathered
     elif _offloads_blocks(shape, memory, checkpointed=True):
         resting["streamed blocks"] = STREAM_BUFFERS * max(block.packed for block in shape.blocks)
-    return resting, trained
+    return resting, lora if shape.num_shards > 1 else 0, trained
 
 
 def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:

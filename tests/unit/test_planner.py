@@ -57,9 +57,8 @@ def test_trained_vocabulary_is_counted(llama_folders: dict[str, Path]) -> None:
     for trained in (embedding, head):
         assert trained.gpu["optimizer state"] - frozen.gpu["optimizer state"] == 2 * rows // 2
         assert trained.gpu["embedding and head"] - frozen.gpu["embedding and head"] == rows // 4  # was bf16
-        assert trained.phases["optimizer"] - frozen.phases["optimizer"] == pytest.approx(
-            (2.5 + 1.15) * rows / 2, rel=1e-3
-        )
+        more = trained.phases["optimizer"] - frozen.phases["optimizer"]
+        assert more == pytest.approx((2.5 + 1 + SLACK) * rows / 2, rel=1e-3)
         saved = trained.host["checkpoint being saved"] - frozen.host["checkpoint being saved"]
         assert saved == rows + 2 * rows // 2
     assert head.phases["loss"] - frozen.phases["loss"] > 1.5 * rows
