@@ -14,6 +14,7 @@ from torch.distributed.tensor import DTensor
 
 from fsdp_qlora.activation_checkpointing import Block, HiddenStore
 from fsdp_qlora.balance import RouterBalance
+from fsdp_qlora.chunked_mlp import ChunkedMLP
 from fsdp_qlora.distributed import Ranks
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.host_memory import HostArena
@@ -208,8 +209,10 @@ def parallelize(
     weights = WeightStream(streamed, ranks.device)
     for index, checkpointed in enumerate(spread(memory.checkpoint_blocks, len(blocks))):
         block = blocks[index]
-        last = block.get_submodule(skeleton.family.last_linear) if skeleton.family.last_linear and not full else None
+        last = None if full else skeleton.last_linear(block)
         assert last is None or isinstance(last, LoRALinear | QuantizedExperts)
+        if isinstance(last, LoRALinear) and not repeat_random:
+            block.mlp = ChunkedMLP(block.get_submodule("mlp"), last, compiled)
         if compiled:
             # All blocks share their compiled code, which has a version for each kind of block, mode and shape; at PyTorch's
             # limit of 8 the rest of them would run uncompiled without an error.

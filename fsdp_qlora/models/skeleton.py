@@ -52,6 +52,11 @@ class Skeleton:
         """The module that holds the head's weight [vocab, hidden]: the embedding where they are tied."""
         return self.embedding if self.tied else self.model.lm_head
 
+    def last_linear(self, block: nn.Module) -> nn.Module | None:
+        """Return the layer (or the experts) of a block whose output only enters the block's sum, if there is one."""
+        name = self.family.last_linear
+        return block.get_submodule(name) if name is not None else None
+
     @property
     def logit_softcap(self) -> float | None:
         return getattr(self.config, "final_logit_softcapping", None)

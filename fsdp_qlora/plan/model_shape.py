@@ -73,6 +73,7 @@ class ModelShape:
         max_positions: the model's longest context.
         trained: whether the embedding, and whether the head, is trained whole; a tied one is both.
         full: whether all parameters are trained, so that `lora` of a block is the block.
+        chunks_mlp: whether a recomputed block can run its MLP on some tokens at a time (chunked_mlp.py).
     """
 
     num_shards: int
@@ -94,6 +95,7 @@ class ModelShape:
     max_positions: int
     trained: tuple[bool, bool] = (False, False)
     full: bool = False
+    chunks_mlp: bool = False
 
     @property
     def head_bytes(self) -> int:
@@ -181,6 +183,7 @@ def model_shape(
         max_positions=config.max_position_embeddings,
         trained=(embedding_is_trained, embedding_is_trained if skeleton.tied else head_is_trained),
         full=lora is None,
+        chunks_mlp=isinstance(skeleton.last_linear(block), LoRALinear),
     )
 
 

@@ -11,6 +11,7 @@ import itertools
 from dataclasses import dataclass, field, replace
 
 from fsdp_qlora import loss
+from fsdp_qlora.chunked_mlp import num_chunks
 from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.optim import BUCKET_BYTES
 from fsdp_qlora.parallel import MemorySettings, spread
@@ -27,10 +28,11 @@ class Alive:
     key_value: float = 0
     intermediate: float = 0
 
-    def bytes_per_token(self, widths: Widths, itemsize: int) -> float:
-        others = self.hidden * widths.hidden + self.query * widths.query
-        others += self.key_value * widths.key_value + self.intermediate * widths.intermediate
-        return 4 * self.norm * widths.norm + itemsize * others
+    def bytes(self, widths: Widths, itemsize: int, tokens: int, mlp_tokens: int) -> float:
+        """Return the bytes for so many tokens, of which the MLP works on `mlp_tokens` at a time."""
+        others = self.hidden * widths.hidden + self.query * widths.query + self.key_value * widths.key_value
+        of_mlp = mlp_tokens * self.intermediate * widths.intermediate
+        return tokens * (4 * self.norm * widths.norm + itemsize * others) + itemsize * of_mlp
 
 
 # --- coefficients, to be fitted to measurements (eager modules of transformers) ---
@@ -185,7 +187,9 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     memory, tokens, count, widths, itemsize = run.memory, run.tokens, len(shape.blocks), shape.widths, shape.itemsize
     hidden = tokens * widths.hidden * itemsize
     on_gpu = min(memory.checkpoint_blocks, 2) if memory.offload_activations else memory.checkpoint_blocks
-    saved = _saved(shape, run)
+    mlp_tokens = _mlp_tokens(shape, run)
+    keeps = memory.checkpoint_blocks < count
+    saved = _saved(shape, run, tokens)
     kept = {"kept hidden states": on_gpu * hidden, "kept activations": (count - memory.checkpoint_blocks) * saved}
     first = {"kept hidden states": min(on_gpu, 1) * hidden, "kept activations": kept["kept activations"] / count}
     running = {
@@ -194,14 +198,17 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
         "activations in fp8": tokens * shape.fp8_width,
         "LoRA of experts": shape.expert_lora * itemsize,
     }
+    again = _saved(shape, run, mlp_tokens) + BACKWARD.bytes(widths, itemsize, tokens, mlp_tokens)
+    of_kept = BACKWARD.bytes(widths, itemsize, tokens, tokens)
     backward = {
         **running,
-        "activations": (saved if memory.checkpoint_blocks else 0) + tokens * BACKWARD.bytes_per_token(widths, itemsize),
+        "activations": max(again if memory.checkpoint_blocks else 0, of_kept if keeps else 0),
         # as computed, in the dtype of what was gathered, and as reduce-scatter's float32 input
         "gradients": max(block.lora + (block.gathered if shape.full else block.lora) for block in shape.blocks),
     }
     final = replace(widths, norm=widths.hidden)
-    loss_forward, loss_backward = (way.bytes_per_token(final, itemsize) for way in (LOSS_FORWARD, LOSS_BACKWARD))
+    loss_forward, loss_backward = (way.bytes(final, itemsize, tokens, tokens) for way in (LOSS_FORWARD, LOSS_BACKWARD))
+    forward = FORWARD.bytes(widths, itemsize, tokens, tokens if keeps else mlp_tokens)
     exchanged = 2 * shape.num_shards if shape.num_shards > 1 else 1
     trains_embedding, trains_head = shape.trained
     head_rows = shape.vocabulary_part_rows if shape.shares_logits else PADDED_GRADIENTS * shape.vocabulary_rows
@@ -211,9 +218,9 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
     of_embedding = {"backward of the embedding": {"activations": rows}} if trains_embedding else {}
     return {
         "embedding": {"activations": exchanged * hidden},
-        "forward": {**kept, **running, "activations": tokens * FORWARD.bytes_per_token(widths, itemsize)},
-        "loss": {**kept, "activations": tokens * loss_forward, **_loss(shape, run)},
-        "loss backward": {**kept, "activations": tokens * loss_backward, "gradients": head_gradient},
+        "forward": {**kept, **running, "activations": forward},
+        "loss": {**kept, "activations": loss_forward, **_loss(shape, run)},
+        "loss backward": {**kept, "activations": loss_backward, "gradients": head_gradient},
         "backward of the last block": {**kept, **backward},
         "backward of the first block": {**first, **backward},
         **of_embedding,
@@ -249,19 +256,24 @@ def _offloads_blocks(shape: ModelShape, memory: MemorySettings, checkpointed: bo
     return any(rests and repeats is checkpointed for rests, repeats in zip(away, again, strict=True))
 
 
-def _saved(shape: ModelShape, run: Run) -> float:
-    """Return the bytes that autograd keeps of one block between forward and backward."""
+def _mlp_tokens(shape: ModelShape, run: Run) -> int:
+    """Return the tokens that the MLP of a recomputed block works on at a time."""
+    return -(-run.tokens // num_chunks(run.tokens)) if shape.chunks_mlp and not run.has_dropout else run.tokens
+
+
+def _saved(shape: ModelShape, run: Run, mlp_tokens: int) -> float:
+    """Return the bytes that autograd keeps of one block between forward and backward, `mlp_tokens` at a time in its MLP."""
     rank_width, input_width, dora_width = shape.lora_widths
-    per_token = (SAVED_COMPILED if run.compiled else SAVED).bytes_per_token(shape.widths, shape.itemsize)
+    saved = (SAVED_COMPILED if run.compiled else SAVED).bytes(shape.widths, shape.itemsize, run.tokens, mlp_tokens)
     # log-sum-exp of attention; x A^T of every layer; with DoRA its output before it is scaled
-    per_token += 4 * shape.num_heads + shape.itemsize * (rank_width + dora_width)
+    per_token = 4 * shape.num_heads + shape.itemsize * (rank_width + dora_width)
     if run.has_dropout:
         per_token += (shape.itemsize + 1) * input_width  # the dropped inputs and their masks
     scores = 0
     if shape.softcapped[1]:
         float32, others = SCORE_BYTES
         scores = run.batch_size * shape.num_heads * run.context_length**2 * (float32 + others * shape.itemsize)
-    return run.tokens * per_token + scores
+    return saved + run.tokens * per_token + scores
 
 
 def _loss(shape: ModelShape, run: Run) -> dict[str, float]:

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 import fsdp_qlora.trainer
-from fsdp_qlora import data
+from fsdp_qlora import chunked_mlp, data
 from fsdp_qlora.adapters import full_tensor, gather_adapter
 from fsdp_qlora.build import build_model
 from fsdp_qlora.config import TrainConfig
@@ -50,6 +51,7 @@ class Split:
     cpu_offload: bool = False
     activation_checkpointing: bool = False
     offload_lora: bool = True
+    chunk_tokens: int = chunked_mlp.CHUNK_TOKENS
 
 
 SPLITS: dict[int, list[Split]] = {
@@ -58,6 +60,7 @@ SPLITS: dict[int, list[Split]] = {
         Split(1, 4),
         Split(2, 2, cpu_offload=True, activation_checkpointing=True),
         Split(1, 4, sharding="none", activation_checkpointing=True),
+        Split(4, 1, cpu_offload=True, activation_checkpointing=True, chunk_tokens=7),
     ],
     2: [
         Split(1, 2),
@@ -69,6 +72,8 @@ SPLITS: dict[int, list[Split]] = {
         Split(1, 2, cpu_offload=True),
         Split(1, 2, activation_checkpointing=True),
         Split(2, 1, cpu_offload=True, activation_checkpointing=True),
+        Split(2, 1, activation_checkpointing=True, chunk_tokens=7),
+        Split(1, 2, sharding="none", activation_checkpointing=True, chunk_tokens=7),
     ],
     4: [
         Split(1, 1),
@@ -148,7 +153,8 @@ def train_on_rank(folder: Path, splits: list[Split]) -> list[dict[str, Any]]:
     with process_group("full", timeout_s=60, device="cpu") as ranks:
         for split in splits:
             trainer = make_trainer(folder, split, ranks)
-            steps, gradients = take_steps(trainer, NUM_STEPS, gradients_of)
+            with mock.patch.object(chunked_mlp, "CHUNK_TOKENS", split.chunk_tokens):
+                steps, gradients = take_steps(trainer, NUM_STEPS, gradients_of)
             adapter = {name: value.numpy() for name, value in gather_adapter(trainer.root, trainer.ranks).items()}
             results.append({"steps": steps, "gradients": gradients, "adapter": adapter})
     return results
@@ -234,6 +240,7 @@ def name_of(world_size: int, split: Split) -> str:
     """Return a case's name for pytest."""
     offload = "offload" if split.offload_lora else "offload_base"
     extras = [offload] * split.cpu_offload + ["checkpoint"] * split.activation_checkpointing
+    extras += ["chunked"] * (split.chunk_tokens != chunked_mlp.CHUNK_TOKENS)
     return "-".join([f"{world_size}x{split.accumulation}x{split.batch_size}", split.sharding, *extras])
 
 

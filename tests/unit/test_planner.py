@@ -13,6 +13,7 @@ from torch.distributed.tensor import DTensor
 from transformers import AutoConfig, LlamaConfig
 
 from fsdp_qlora.build import build_model
+from fsdp_qlora.chunked_mlp import ChunkedMLP
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.models.vocabulary import ShardedVocabulary
 from fsdp_qlora.optim import BUCKET_BYTES
@@ -291,3 +292,45 @@ def test_replicas_save_nothing(shape_of, num_shards: int, local_ranks: int) -> N
     whole, part = (sum(getattr(block, size) for block in shape.blocks) for size in ("lora", "lora_part"))
     found = estimate(shape, Run(1, 2048, local_ranks=local_ranks)).host["checkpoint being saved"]
     assert found == whole + 2 * part * min(num_shards, local_ranks)
+
+
+def test_a_long_context_counts_a_chunk_of_the_mlp(shape_of, tmp_path: Path) -> None:
+    """Where blocks run again, five tensors of its width are alive for a chunk only; whole in a block that keeps its own."""
+    whole = replace(shape_of("8b"), chunks_mlp=False)
+    memory = MemorySettings(checkpoint_blocks=32, offload_activations=True)
+    for run, saved_tokens in (
+        (Run(1, 32768, memory, compiled=True), 32768 - 8192),
+        (Run(4, 8192, memory, compiled=True), 32768 - 8192),
+        (Run(1, 20000, memory, compiled=True), 20000 - 10000),
+        (Run(1, 16383, memory, compiled=True), 0),
+        (Run(1, 32768, memory, compiled=True, has_dropout=True), 0),
+        (Run(1, 32768, replace(memory, checkpoint_blocks=0), compiled=True), 0),
+    ):
+        found, expected = (estimate(shape, run).phases for shape in (shape_of("8b"), whole))
+        saved = expected["backward of the last block"] - found["backward of the last block"]
+        assert saved == pytest.approx((1 + SLACK) * saved_tokens * 5 * 14336 * 2, abs=1)
+        forward = expected["forward"] - found["forward"]
+        assert forward == pytest.approx((1 + SLACK) * saved_tokens * 3 * 14336 * 2, abs=1)
+    mixed = Run(1, 32768, replace(memory, checkpoint_blocks=31), compiled=True)
+    assert estimate(shape_of("8b"), mixed).phases["forward"] == estimate(whole, mixed).phases["forward"]
+
+
+@pytest.mark.parametrize(
+    ("family", "lora", "chunks"),
+    [
+        ("llama", LoraSettings(4, 8.0), True),
+        ("gemma2", LoraSettings(4, 8.0), False),
+        ("qwen3_moe", LoraSettings(4, 8.0), False),
+        ("llama", None, False),
+    ],
+    ids=["llama", "norm after the MLP", "experts", "full"],
+)
+def test_which_models_can_run_their_mlp_in_chunks(
+    family: str, lora: LoraSettings | None, chunks: bool, tmp_path: Path
+) -> None:
+    folder = save_tiny(family, tmp_path)
+    quant = QuantSettings("nf4" if lora else "none")
+    assert model_shape(folder, quant, lora, torch.float32).chunks_mlp is chunks
+    with process_group("full", 60, device="cpu") as ranks:
+        built = build_model(folder, ranks, quant, lora, torch.float32, full=lora is None)
+    assert any(isinstance(module, ChunkedMLP) for module in built.root.modules()) is chunks
