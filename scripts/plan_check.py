@@ -79,11 +79,13 @@ CASES = (
     Case("8b", 1, 16, 4, 2048, 16, "all"),
     Case("8b", 1, 16, 1, 32768, 0, "all", True),
     Case("8b", 1, 16, 1, 81920, "all", "all", True),
+    Case("8b", 1, 16, 1, 131072, "all", "all", True),
     Case("70b", 2, 16, 1, 2048, "all", "all"),
     Case("70b", 2, 64, 2, 2048, "all", "all", True),
     Case("70b", 2, 64, 2, 2048, "all", 72),
     Case("70b", 2, 16, 1, 2048, 0, "all", True),
     Case("70b", 2, 16, 1, 32768, "all", "all", True),
+    Case("70b", 2, 16, 1, 65536, "all", "all", True),
 )
 
 
