@@ -11,6 +11,7 @@ import torch
 
 from fsdp_qlora import chunked_mlp
 from fsdp_qlora.build import build_model
+from fsdp_qlora.compile_workers import end_compile_workers
 from fsdp_qlora.distributed import process_group
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
@@ -44,6 +45,7 @@ def train(folder: Path, compiled: bool, chunk_tokens: int) -> tuple[list[float],
             started = time.perf_counter()
             losses.append(trainer.train_step([row], step).loss)
             seconds.append(time.perf_counter() - started)
+        end_compile_workers()
         return losses, torch.cuda.max_memory_allocated(), min(seconds)
 
 
