@@ -83,6 +83,12 @@ class Saver:
         """Whether this rank's thread still works on a checkpoint."""
         return self._writing is not None and self._writing.thread.is_alive()
 
+    def require_space(self) -> None:
+        """Raise CheckpointError, on every rank, if the disk has no room for a checkpoint: before training, not after it."""
+        with agree_on_errors(self.ranks, "looking for room for a checkpoint"):
+            if self.ranks.is_main:
+                self._require_space(self.run, "free space, or choose another --output_dir")
+
     def start(self, position: Position) -> None:
         """Copy the state and begin to write it.
 
@@ -136,22 +142,24 @@ class Saver:
 
     def _prepare(self, partial: Path) -> None:
         """Check the space and make the folder."""
+        try:
+            partial.parent.mkdir(exist_ok=True)
+            remedy = "free space and start again: the run goes on from its last checkpoint"
+            self._require_space(partial.parent, remedy)
+            (partial if self.adapter_config is None else partial / "adapter").mkdir(parents=True)
+        except OSError as error:
+            raise self._failure(partial, error) from error
+
+    def _require_space(self, folder: Path, remedy: str) -> None:
         parameters = sum(parameter.numel() for _, parameter in trainable(self.root))
         needed = parameters * BYTES_PER_PARAMETER + (1 << 20)
         if self.root.tied and self.adapter_config is not None:
             # adapters.adapter_matrices stores the one matrix for embedding and head
             needed += sum(4 * module.weight.numel() for _, module in trained_vocabularies(self.root.model))
-        try:
-            partial.parent.mkdir(exist_ok=True)
-            free = shutil.disk_usage(partial.parent).free
-            if free >= needed:
-                (partial if self.adapter_config is None else partial / "adapter").mkdir(parents=True)
-        except OSError as error:
-            raise self._failure(partial, error) from error
+        free = shutil.disk_usage(folder).free
         if free < needed:
             raise CheckpointError(
-                f"{partial.parent}: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; free space"
-                " and start again: the run goes on from its last checkpoint"
+                f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; {remedy}"
             )
 
     def _copy_own(self) -> tuple[dict[str, Tensor], str]:

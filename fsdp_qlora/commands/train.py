@@ -111,6 +111,7 @@ def _train(session: Session) -> bool:
     contents = {"identity": identity, "config": record["config"], "versions": record["versions"]}
     saver = Saver(config, ranks, built.root, trainer.optimizer, peft_config, contents, progress)
     recorded = from_main(_prepare_folder(session, record, resumed=found is not None) if ranks.is_main else [])
+    saver.require_space()
     session.begin_training()
     with (
         Metrics(config, record, trainer.num_steps, ranks.is_main, resumed=found is not None) as metrics,

@@ -242,12 +242,15 @@ def watch_disk(save: int, act: Callable[[int], None]) -> Callable[[], int]:
 
 
 def disk_full(save: int, share: float, victim: int, rank: int) -> None:
-    """Let the disk of one rank be full once it has written a share of its bytes of a save; 0: no byte of it fits."""
+    """Let the disk of one rank be full once it has written a share of its bytes of a save; 0: no byte of it fits.
+
+    Save 0, of which no byte can be written, is the look at the disk before training.
+    """
     if rank != victim:
         return
     if share == 0:
         usage = shutil.disk_usage
-        _nth(save, shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
+        _nth(save + 1, shutil, "disk_usage", lambda path: usage(path)._replace(free=1000))
         return
     from fsdp_qlora import files, saver
 

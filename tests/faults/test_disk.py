@@ -36,6 +36,21 @@ def test_a_full_disk_stops_all_ranks_and_spares_what_is_there(
     check_disk(inputs, references[2], tmp_path / "run", functools.partial(FULL[share], victim), message)
 
 
+def test_a_disk_without_room_for_a_checkpoint_is_noticed_before_training(
+    inputs: dict[str, str], references: dict[int, Path], tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    settings = {**of_world(inputs, 2), "output_dir": run}
+    assert train(2, settings, functools.partial(disk_full, 0, 0, 0)) == [1, 1], trials.printed(run)
+    record = ended(run)
+    assert (record["status"], record["step"]) == ("failed", 0)
+    assert (
+        "a checkpoint takes 0.00 GB and 0.00 GB are free; free space, or choose another --output_dir"
+        in record["reason"]
+    )
+    trials.finish_and_compare(settings, 2, references[2])
+
+
 def test_a_read_only_folder_stops_all_ranks(
     inputs: dict[str, str], references: dict[int, Path], tmp_path: Path
 ) -> None:
