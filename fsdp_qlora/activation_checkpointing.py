@@ -7,7 +7,7 @@ the GPU computes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -97,6 +97,18 @@ class HiddenStore:
             self._fetched[index] = (hidden, self._stream.record_event())
 
 
+@contextmanager
+def without_product(layers: Sequence[LoRALinear | QuantizedExperts]) -> Iterator[None]:
+    """Have layers return unset outputs instead of their products: for a second run, of which backward needs no output."""
+    for layer in layers:
+        layer.skip_product = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.skip_product = False
+
+
 class _Recompute(torch.autograd.Function):
     """Run a block without recording it; in backward run it again, recorded, and differentiate that."""
 
@@ -123,7 +135,7 @@ class _Recompute(torch.autograd.Function):
                 torch.set_rng_state(cpu_state)
                 if cuda_state is not None:
                     torch.cuda.set_rng_state(cuda_state)
-            with torch.enable_grad(), block.without_last_product():
+            with torch.enable_grad(), without_product(block.last):
                 output = block.block(hidden, **ctx.kwargs)
         torch.autograd.backward(output, grads[0])
         return None, None, hidden.grad, None
@@ -154,7 +166,7 @@ class Block(nn.Module):
         self.block, self.index, self.store = block, index, store
         self.repeat_random, self.weights = repeat_random, weights
         self._trains = any(parameter.requires_grad for parameter in block.parameters())
-        self._last = [last] if last is not None else []  # in a list: it is the block's submodule already
+        self.last = [last] if last is not None else []  # in a list: it is the block's submodule already
 
     def forward(self, hidden: Tensor, **kwargs: Any) -> Tensor:
         """Map hidden states [batch, tokens, hidden] to the block's output of the same shape."""
@@ -172,17 +184,6 @@ class Block(nn.Module):
         """Have the block's weights on the device; nothing to do where FSDP brings them."""
         if self.weights is not None:
             self.weights.arrive(self.index, backward)
-
-    @contextmanager
-    def without_last_product(self) -> Iterator[None]:
-        """Leave out the last layer's matrix product, whose result backward does not need."""
-        for linear in self._last:
-            linear.skip_product = True
-        try:
-            yield
-        finally:
-            for linear in self._last:
-                linear.skip_product = False
 
     def __getattr__(self, name: str) -> Any:
         """Look up what transformers reads off a block (such as its attention type) on the block."""

@@ -1,20 +1,19 @@
 """A block's MLP on some of the tokens at a time, which makes room for long contexts: its tensors are the block's widest.
 
 Where no gradient is wanted the chunks simply run one after the other. A checkpointed block runs again in backward, but the
-output of its MLP is not needed then: it is left out, and each chunk runs, recorded, when its gradient arrives. So nothing is
-computed more often than without chunks.
+output of its MLP is not needed then: it is left out, and each chunk runs, recorded, when its gradient arrives. So no product
+is computed more often than without chunks; only the weights are dequantised for each of them.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from fsdp_qlora.activation_checkpointing import without_product
 from fsdp_qlora.quant.linear import LoRALinear
 
 CHUNK_TOKENS = 8192
@@ -39,12 +38,12 @@ class ChunkedMLP(nn.Module):
     def __init__(self, mlp: nn.Module, last: LoRALinear, compiled: bool) -> None:
         super().__init__()
         self.mlp = mlp
-        self._last = [last]  # in lists: they are submodules already
+        self.last = [last]  # in lists: they are submodules already
         self._run = [torch.compile(mlp) if compiled else mlp]
 
     def forward(self, hidden: Tensor) -> Tensor:
         """Map hidden states [..., tokens, hidden] to the same shape."""
-        keeps_activations = torch.is_grad_enabled() and not self._last[0].skip_product
+        keeps_activations = torch.is_grad_enabled() and not self.last[0].skip_product
         has_one_chunk = hidden.numel() // hidden.shape[-1] < 2 * CHUNK_TOKENS
         output: Tensor = self.mlp(hidden) if keeps_activations or has_one_chunk else self._in_chunks(hidden)
         return output
@@ -64,15 +63,6 @@ class ChunkedMLP(nn.Module):
         """Map a chunk [tokens, hidden]."""
         output: Tensor = self._run[0](part)
         return output
-
-    @contextmanager
-    def without_last_product(self) -> Iterator[None]:
-        """Have the last layer return unset outputs, of which backward needs none."""
-        self._last[0].skip_product = True
-        try:
-            yield
-        finally:
-            self._last[0].skip_product = False
 
 
 def _parts(values: Tensor) -> tuple[Tensor, ...]:
@@ -99,7 +89,7 @@ class _RunInBackward(torch.autograd.Function):
         targets = [] if gradient is None else _parts(gradient)
         for part, grad, target in itertools.zip_longest(_parts(hidden), _parts(grads[0]), targets):
             leaf = part.detach().requires_grad_(wanted)
-            with torch.enable_grad(), chunked.without_last_product():
+            with torch.enable_grad(), without_product(chunked.last):
                 output = chunked.run(leaf)
             if output.requires_grad:
                 torch.autograd.backward(output, grad)

@@ -294,7 +294,7 @@ def test_replicas_save_nothing(shape_of, num_shards: int, local_ranks: int) -> N
     assert found == whole + 2 * part * min(num_shards, local_ranks)
 
 
-def test_a_long_context_counts_a_chunk_of_the_mlp(shape_of, tmp_path: Path) -> None:
+def test_a_long_context_counts_a_chunk_of_the_mlp(shape_of) -> None:
     """Where blocks run again, five tensors of its width are alive for a chunk only; whole in a block that keeps its own."""
     whole = replace(shape_of("8b"), chunks_mlp=False)
     memory = MemorySettings(checkpoint_blocks=32, offload_activations=True)
