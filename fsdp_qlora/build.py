@@ -53,12 +53,14 @@ class BuiltModel:
         skeleton: transformers' model inside.
         report: what loading did.
         quant: the form in which the base is held.
+        offloaded: the parameters that rest in CPU memory, as (module, name).
     """
 
     root: LossModel
     skeleton: Skeleton
     report: LoadReport
     quant: QuantSettings
+    offloaded: set[tuple[nn.Module, str]]
 
     @property
     def fingerprint(self) -> str | None:
@@ -155,7 +157,7 @@ def build_model(
     if quant.fp8:
         _begin_fp8(skeleton)
     _move_buffers(skeleton, ranks.device)
-    return BuiltModel(parallelized.root, skeleton, report, quant)
+    return BuiltModel(parallelized.root, skeleton, report, quant, parallelized.offloaded)
 
 
 def _open(folder: Path, dtype: torch.dtype, attention: str) -> tuple[Skeleton, Reader]:

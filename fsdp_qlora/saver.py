@@ -97,6 +97,7 @@ class Saver:
         """
         self.finish()
         started = time.monotonic()
+        self.optimizer.finish()
         self.progress.beat("saving")
         partial = self.run / FOLDER / f"{name_of(position.step)}.partial-{self.run_id}"
         with agree_on_errors(self.ranks, f"saving step {position.step}"):

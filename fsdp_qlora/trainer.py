@@ -20,7 +20,7 @@ from fsdp_qlora.errors import Interrupted, TrainingError
 from fsdp_qlora.evaluation import evaluate
 from fsdp_qlora.forward import forward
 from fsdp_qlora.metrics import Metrics, memory_gib
-from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate, sum_replicas
+from fsdp_qlora.optim import build_optimizer, gradient_norm, learning_rate, sum_replicas
 from fsdp_qlora.run_folder import Progress
 from fsdp_qlora.samples import Sampler
 from fsdp_qlora.saver import Saver
@@ -70,7 +70,7 @@ class Trainer:
         self.config, self.ranks, self.root = config, ranks, built.root
         self.train_loader, self.eval_loaders, self.sampler = train, evaluation, sampler
         self.keep_best = keep_best
-        self.optimizer = build_optimizer(built.root, config)
+        self.optimizer = build_optimizer(built.root, config, built.offloaded)
         self.progress = progress or Progress()
         built.skeleton.blocks[0].register_forward_pre_hook(lambda *_: self.progress.beat())
         self.position = start = start or Position()
@@ -88,6 +88,8 @@ class Trainer:
     ) -> StepResult:
         """Do one optimizer step on this rank's micro-batches.
 
+        What rests in CPU memory is updated while the next forward runs: see `ShardedAdamW.finish`.
+
         Args:
             votes: asked near the end of the step for numbers to add up over the ranks, in the exchange of the loss.
 
@@ -104,11 +106,10 @@ class Trainer:
             loss.backward()  # type: ignore[no-untyped-call]
             total += loss.detach()
         sum_replicas(self.root, self.ranks)
-        norm = clip_gradients(self.root, self.config.max_grad_norm).to(self.ranks.device)
+        norm = gradient_norm(self.root).to(self.ranks.device)
         totals = torch.stack([total, *(total.new_tensor(vote) for vote in votes())])
         dist.all_reduce(totals)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate(self.config, step, self.num_steps) * group["lr_ratio"]
+        self.optimizer.set_lr(learning_rate(self.config, step, self.num_steps))
         self.optimizer.step_if_finite(totals[0], norm)
         self.optimizer.zero_grad()
         # only now does the CPU wait for the GPU, which has the whole step to do
@@ -165,6 +166,7 @@ class Trainer:
             if stopped or self._is_due(self.config.save_steps):
                 saver.start(self.position)
             stopped = stopped or self._evaluate_if_due(metrics, evaluations, stop)
+        self.optimizer.finish()
         saver.finish()
         if self._has_stalled(evaluations) and self.position.step < self.num_steps and not stopped:
             metrics.show(f"stopped at step {self.position.step}: the lowest loss is that of step {_best(evaluations)}")
@@ -196,6 +198,7 @@ class Trainer:
         step = self.position.step
         if step in evaluations or not (step == 0 or self._is_due(self.config.eval_steps)):
             return False
+        self.optimizer.finish()
         try:
             values = evaluate(self.root, self.eval_loaders, self.ranks, stop.is_asked)
             answers = self.sampler.answers(stop.is_asked) if self.sampler is not None else []

@@ -32,7 +32,7 @@ from fsdp_qlora.build import BuiltModel, build_model
 from fsdp_qlora.compile_workers import end_compile_workers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, process_group
-from fsdp_qlora.optim import build_optimizer, clip_gradients
+from fsdp_qlora.optim import build_optimizer, gradient_norm
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from fsdp_qlora.quant.fp8 import CAPABILITY, quantize_rows
@@ -107,13 +107,13 @@ class Batch:
 
 def our_step(built: BuiltModel, batch: Batch) -> Callable[[], float]:
     """Return an optimizer step of this trainer's model."""
-    optimizer = build_optimizer(built.root, TrainConfig(lr=1e-4))
+    optimizer = build_optimizer(built.root, TrainConfig(lr=1e-4), built.offloaded)
 
     def step() -> float:
         out = built.root(batch.inputs, batch.positions, None, batch.context_length, batch.targets, batch.labels)
         loss = out["loss"] / batch.labels.numel()
         loss.backward()
-        optimizer.step_if_finite(loss.detach(), clip_gradients(built.root, 1.0))
+        optimizer.step_if_finite(loss.detach(), gradient_norm(built.root))
         optimizer.zero_grad()
         return float(loss.item())
 

@@ -31,7 +31,7 @@ from fsdp_qlora.compile_workers import end_compile_workers
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, make_mesh
 from fsdp_qlora.host_memory import GIB
-from fsdp_qlora.optim import build_optimizer
+from fsdp_qlora.optim import build_optimizer, gradient_norm
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.model_shape import model_shape
 from fsdp_qlora.plan.planner import CONTEXT_BYTES, Run, estimate
@@ -127,7 +127,7 @@ def measure(case: Case, folder: Path, steps: int) -> dict[str, Any]:
             memory=case.memory(count),
             compiled=case.compiled,
         )
-    optimizer = build_optimizer(built.root, TrainConfig())
+    optimizer = build_optimizer(built.root, TrainConfig(), built.offloaded)
     shape = (case.batch_size, case.context_length)
     ids = torch.randint(3, 1000, shape, device="cuda")
     positions = torch.arange(case.context_length, device="cuda").expand(shape).contiguous()
@@ -137,7 +137,7 @@ def measure(case: Case, folder: Path, steps: int) -> dict[str, Any]:
     for _ in range(steps):
         out = built.root(ids, positions, documents, case.context_length, targets, ids.flatten())["loss"]
         out.backward()
-        optimizer.step()
+        optimizer.step_if_finite(out.detach(), gradient_norm(built.root))
         host = max(host, own_bytes())
         optimizer.zero_grad()
     torch.cuda.synchronize()

@@ -163,9 +163,16 @@ def train_on_rank(folder: Path, splits: list[Split]) -> list[dict[str, Any]]:
 def take_steps(
     trainer: Trainer, num_steps: int, gradients_of: Callable[[Trainer], dict[str, np.ndarray]]
 ) -> tuple[list[StepResult], list[dict[str, np.ndarray]]]:
-    """Train; return the steps, and of each the gradients with which the optimizer was called."""
+    """Train; return the steps, and of each the clipped gradients."""
     gradients: list[dict[str, np.ndarray]] = []
-    trainer.optimizer.register_step_pre_hook(lambda *_: gradients.append(gradients_of(trainer)))
+    update = trainer.optimizer.step_if_finite
+
+    def watched(loss: torch.Tensor, norm: torch.Tensor) -> None:
+        update(loss, norm)
+        trainer.optimizer.finish()
+        gradients.append(gradients_of(trainer))
+
+    trainer.optimizer.step_if_finite = watched  # type: ignore[method-assign]
     steps = [trainer.train_step(trainer.train_loader.step(0, index), index) for index in range(num_steps)]
     return steps, gradients
 
@@ -291,6 +298,7 @@ def poison_on_rank(folder: Path, where: str, sharding: str) -> tuple[str, bool, 
             trainer.train_step(trainer.train_loader.step(0, 0), 0)
         except TrainingError as error:
             message = str(error)
+        trainer.optimizer.finish()
         after = gather_adapter(trainer.root, trainer.ranks)
         unchanged = all(torch.equal(before[name], after[name]) for name in before)
         moved = [v for state in trainer.optimizer.state.values() for v in state.values() if v.any()]
@@ -310,15 +318,15 @@ def plant_in_backward(trainer: Trainer) -> None:
 def plant_in_shard(trainer: Trainer) -> None:
     """Write one NaN into this rank's shard of one summed gradient."""
     linear = list(lora_linears(trainer.root))[4]
-    clip = fsdp_qlora.trainer.clip_gradients
+    measure = fsdp_qlora.trainer.gradient_norm
 
-    def poisoned_clip(root: torch.nn.Module, max_norm: float) -> torch.Tensor:
+    def poisoned(root: torch.nn.Module) -> torch.Tensor:
         gradient = linear.lora_B.grad
         assert isinstance(gradient, DTensor)
         gradient.to_local()[-1, -1] = math.nan
-        return clip(root, max_norm)
+        return measure(root)
 
-    fsdp_qlora.trainer.clip_gradients = poisoned_clip
+    fsdp_qlora.trainer.gradient_norm = poisoned
 
 
 @pytest.mark.parametrize(

@@ -82,7 +82,7 @@ def _at(place: str, action: Callable[[], None]) -> None:
         _before(trainer, "evaluate", 1, action)
     else:
         # after backward, while the others wait for this rank in the exchange of the gradient norm
-        _before(trainer, "clip_gradients", 1 if place == "first step" else 4, action)
+        _before(trainer, "gradient_norm", 1 if place == "first step" else 4, action)
 
 
 def _before(owner: Any, name: str, call: int, action: Callable[[], None]) -> None:
@@ -122,17 +122,17 @@ def nan_in_gradient(step: int, victim: int, rank: int) -> None:
     from fsdp_qlora import trainer
     from fsdp_qlora.optim import local
 
-    clip, calls = trainer.clip_gradients, 0
+    measure, calls = trainer.gradient_norm, 0
 
-    def poisoned(root: Any, max_norm: float) -> Any:
+    def poisoned(root: Any) -> Any:
         nonlocal calls
         calls += 1
         if rank == victim and calls == step:
             gradient = next(parameter.grad for parameter in root.parameters() if parameter.grad is not None)
             local(gradient)[0, 0] = float("nan")
-        return clip(root, max_norm)
+        return measure(root)
 
-    trainer.clip_gradients = poisoned
+    trainer.gradient_norm = poisoned
 
 
 def skip_collective(step: int, victim: int, rank: int) -> None:
@@ -141,19 +141,19 @@ def skip_collective(step: int, victim: int, rank: int) -> None:
 
     from fsdp_qlora import trainer
 
-    clip, all_reduce, calls = trainer.clip_gradients, dist.all_reduce, 0
+    measure, all_reduce, calls = trainer.gradient_norm, dist.all_reduce, 0
 
-    def clipped(root: Any, max_norm: float) -> Any:
+    def measured(root: Any) -> Any:
         nonlocal calls
         calls += 1
         if rank == victim and calls == step:
             dist.all_reduce = lambda *_, **__: None
         try:
-            return clip(root, max_norm)
+            return measure(root)
         finally:
             dist.all_reduce = all_reduce
 
-    trainer.clip_gradients = clipped
+    trainer.gradient_norm = measured
 
 
 def kill_in_save(save: int, moment: int, victim: int | None, rank: int) -> None:
@@ -302,4 +302,4 @@ def say_the_token(token: str, rank: int) -> None:
     def fail(*_: object) -> float:
         raise RuntimeError(f"401 for https://user:{token}@hub.example")
 
-    _nth(5, trainer, "clip_gradients", fail)
+    _nth(5, trainer, "gradient_norm", fail)

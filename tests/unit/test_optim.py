@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor, Shard
 from fsdp_qlora import optim
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.distributed import Ranks, process_group
-from fsdp_qlora.optim import build_optimizer, clip_gradients, learning_rate, sum_replicas
+from fsdp_qlora.optim import build_optimizer, gradient_norm, learning_rate, sum_replicas
 from tests.ranks import run_ranks
 
 
@@ -65,7 +65,9 @@ def model_with_gradients(scale: float = 1.0) -> nn.Module:
 def test_clipping_is_torchs_own(max_norm: float) -> None:
     model, reference = model_with_gradients(), model_with_gradients()
     expected = torch.nn.utils.clip_grad_norm_(reference.parameters(), max_norm)
-    assert clip_gradients(model, max_norm).equal(expected)
+    norm = gradient_norm(model)
+    assert norm.equal(expected)
+    build_optimizer(model, TrainConfig(max_grad_norm=max_norm)).step_if_finite(torch.tensor(1.0), norm)
     for parameter, other in zip(model.parameters(), reference.parameters(), strict=True):
         if other.grad is None:
             assert parameter.grad is None
@@ -76,9 +78,12 @@ def test_clipping_is_torchs_own(max_norm: float) -> None:
 
 def test_norm_zero_leaves_gradients_alone() -> None:
     model, reference = model_with_gradients(100.0), model_with_gradients(100.0)
-    norm = clip_gradients(model, 0.0).item()
+    norm = gradient_norm(model)
+    build_optimizer(model, TrainConfig(max_grad_norm=0.0)).step_if_finite(torch.tensor(1.0), norm)
     gradients = [parameter.grad for parameter in reference.parameters() if parameter.grad is not None]
-    assert norm == pytest.approx(math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)), rel=1e-6)
+    assert norm.item() == pytest.approx(
+        math.sqrt(sum(float(gradient.square().sum()) for gradient in gradients)), rel=1e-6
+    )
     found = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
     assert all(one.equal(other) for one, other in zip(found, gradients, strict=True))
 
@@ -89,7 +94,7 @@ def test_a_norm_that_is_not_finite_is_returned_as_such(value: float) -> None:
     gradient = model[0].bias.grad
     assert gradient is not None
     gradient[2] = value
-    assert not clip_gradients(model, 1.0).isfinite()
+    assert not gradient_norm(model).isfinite()
 
 
 def test_optimizer_has_the_trainable_parameters_and_the_settings() -> None:
@@ -112,7 +117,7 @@ def test_loraplus_gives_lora_B_a_group_of_its_own() -> None:
 
 def test_sharded_parameters_are_updated_as_plain_ones_wherever_their_rows_are(ranks: Ranks) -> None:
     """FSDP puts rows that it pads into other memory in its first forward, which is after the optimizer was made."""
-    config = TrainConfig(lr=0.1)
+    config = TrainConfig(lr=0.1, max_grad_norm=0.5)
     plain, sharded = nn.Module(), nn.Module()
     plain.lora_A = nn.Parameter(torch.ones(3, 4))
     sharded.lora_A = nn.Parameter(DTensor.from_local(torch.ones(3, 4), ranks.mesh, [Shard(0)]))
@@ -125,10 +130,10 @@ def test_sharded_parameters_are_updated_as_plain_ones_wherever_their_rows_are(ra
             gradient.clone(),
             DTensor.from_local(gradient.clone(), ranks.mesh, [Shard(0)]),
         )
-        norms = [clip_gradients(model, 0.5).item() for model in (plain, sharded)]
-        assert norms[0] == norms[1] == pytest.approx(float(gradient.norm()))
-        for optimizer in optimizers:
-            optimizer.step()
+        norms = [gradient_norm(model) for model in (plain, sharded)]
+        assert norms[0].item() == norms[1].item() == pytest.approx(float(gradient.norm()))
+        for optimizer, norm in zip(optimizers, norms, strict=True):
+            optimizer.step_if_finite(torch.tensor(1.0), norm)
             optimizer.zero_grad()
         assert sharded.lora_A.to_local().equal(plain.lora_A), step
         assert not plain.lora_A.allclose(torch.ones(3, 4))
