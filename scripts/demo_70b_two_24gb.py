@@ -113,15 +113,24 @@ def main(
         str(ROOT / "train.py"),
     ]
     command += [f"--{name}={value}" for name, value in settings.items()]
+    log = Path(output_dir) / "metrics.jsonl"
+    log.unlink(missing_ok=True)
     started = time.monotonic()
     process = subprocess.Popen(command)
     meter = HostMeter(process.pid)
     meter.start()
-    code = process.wait(timeout=timeout_s)
+    try:
+        code = process.wait(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        process.terminate()  # torchrun ends its ranks
+        code = process.wait()
+    metrics = [json.loads(line) for line in log.read_text().splitlines()] if log.exists() else []
     if code != 0:
-        sys.exit(f"train.py ended with {code} after {time.monotonic() - started:.0f} s")
+        done = [f"{line['step_seconds']} s, loss {line['loss']:.4f}" for line in metrics if "loss" in line]
+        sys.exit(
+            f"train.py ended with {code} after {time.monotonic() - started:.0f} s; steps: {'; '.join(done) or 'none'}"
+        )
     record = json.loads((Path(output_dir) / "run.json").read_text())
-    metrics = [json.loads(line) for line in (Path(output_dir) / "metrics.jsonl").read_text().splitlines()]
     title = f"{shape}, " + ", ".join(f"{name} {value}" for name, value in flags.items())
     row = {"run": title, "ranks": ranks, **figures(record, metrics, meter.peak)}
     verified = record["config"]["verify_weights"]
