@@ -20,18 +20,22 @@ from fsdp_qlora.plan.model_shape import ModelShape, Widths
 
 @dataclass(frozen=True)
 class Alive:
-    """How many tensors of each width are alive at once; those of `norm` are float32, the others of the compute dtype."""
+    """How many tensors of each width are alive at once; those of `norm` are float32, the others of the compute dtype.
+
+    Those of `mlp_hidden` are as wide as `hidden`, and as long as what the MLP works on.
+    """
 
     norm: float = 0
     hidden: float = 0
     query: float = 0
     key_value: float = 0
+    mlp_hidden: float = 0
     intermediate: float = 0
 
     def bytes(self, widths: Widths, itemsize: int, tokens: int, mlp_tokens: int) -> float:
         """Return the bytes for so many tokens, of which the MLP works on `mlp_tokens` at a time."""
         others = self.hidden * widths.hidden + self.query * widths.query + self.key_value * widths.key_value
-        of_mlp = mlp_tokens * self.intermediate * widths.intermediate
+        of_mlp = mlp_tokens * (self.mlp_hidden * widths.hidden + self.intermediate * widths.intermediate)
         return tokens * (4 * self.norm * widths.norm + itemsize * others) + itemsize * of_mlp
 
 
@@ -46,8 +50,13 @@ SAVED_COMPILED = Alive(hidden=3, query=2, key_value=2, intermediate=3)
 FORWARD = Alive(hidden=2, intermediate=3)
 """Alive in a forward that keeps nothing: residual, norm output; silu(gate), up before and after LoRA is added."""
 
-BACKWARD = Alive(hidden=6, intermediate=2)
-"""Alive in a block's backward beside SAVED: gradients of the output and of two tensors of the MLP, widened copies."""
+BACKWARD = Alive(hidden=4, mlp_hidden=2, intermediate=2)
+"""Alive in the backward of a block's MLP beside SAVED: gradients of the output and of two tensors of the MLP, widened
+copies."""
+
+ATTENTION_BACKWARD = Alive(hidden=7, query=1, key_value=2)
+"""Alive in the backward before the MLP beside SAVED, of which the MLP's part is free by then: more where MLPs work on few
+tokens at a time."""
 
 LOSS_FORWARD = Alive(norm=1, hidden=4)
 """Beside the logits: final norm's float32 copy; hidden states before it, after it, of the targets, and their gradient."""
@@ -198,7 +207,10 @@ def _phases(shape: ModelShape, run: Run) -> dict[str, dict[str, float]]:
         "activations in fp8": tokens * shape.fp8_width,
         "LoRA of experts": shape.expert_lora * itemsize,
     }
-    again = _saved(shape, run, mlp_tokens) + BACKWARD.bytes(widths, itemsize, tokens, mlp_tokens)
+    again = max(
+        _saved(shape, run, mlp_tokens) + BACKWARD.bytes(widths, itemsize, tokens, mlp_tokens),
+        _saved(shape, run, 0) + ATTENTION_BACKWARD.bytes(widths, itemsize, tokens, 0),
+    )
     of_kept = BACKWARD.bytes(widths, itemsize, tokens, tokens)
     backward = {
         **running,
