@@ -190,10 +190,23 @@ def publish(partial: Path, manifest: Manifest, run_id: str) -> Path:
     fsync_folder(partial)
     folder = partial.with_name(name_of(manifest.position.step))
     if folder.exists() or folder.is_symlink():
-        folder.rename(partial.with_name(f"{folder.name}.damaged-{run_id}"))
+        _put_aside(folder, run_id)
     partial.rename(folder)
     fsync_folder(folder.parent)
     return folder
+
+
+def put_aside_later(run: Path, step: int, run_id: str) -> list[str]:
+    """Rename the checkpoints after a step, which were damaged, as the run goes on from before them; return their names.
+
+    Otherwise `prune`, which does not read whole files, would take them for the newest.
+    """
+    later = [folder for folder in checkpoint_folders(run) if (step_of(folder) or 0) > step]
+    return [_put_aside(folder, run_id).name for folder in later]
+
+
+def _put_aside(folder: Path, run_id: str) -> Path:
+    return folder.rename(folder.with_name(f"{folder.name}.damaged-{run_id}"))
 
 
 def prune(run: Path, keep: int, run_id: str) -> list[str]:

@@ -169,11 +169,17 @@ def check_fit(
     check_identity(checkpoint.folder, checkpoint.manifest.identity, identity)
     done, size = checkpoint.manifest.position.sequences, train.sequences_per_step
     if done % size:
-        fitting = ", ".join(str(number) for number in range(1, done + 1) if done % number == 0)
+        world = train.world_size
+        fitting = ", ".join(str(number) for number in range(world, done + 1, world) if done % number == 0)
+        remedy = (
+            f"choose them so that their product is one of {fitting}"
+            if fitting
+            else (f"with {world} ranks it cannot be one: go on with a number of ranks that divides {done}")
+        )
         raise ConfigError(
             f"{checkpoint.folder}: {done} sequences of the epoch are done, which is no multiple of batch_size"
-            f" {config.batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} x {train.world_size}"
-            f" ranks = {size}; choose them so that their product is one of {fitting}"
+            f" {config.batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} x {world}"
+            f" ranks = {size}; {remedy}"
         )
     changed = changed_settings(config, checkpoint.manifest)
     if changed:

@@ -10,7 +10,7 @@ import re
 import shutil
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from typing import Any, Literal
 from filelock import FileLock, Timeout
 
 from fsdp_qlora.adapters import trained_step
-from fsdp_qlora.checkpoint import checkpoint_folders, remove_leftovers
+from fsdp_qlora.checkpoint import FOLDER, checkpoint_folders, put_aside_later, remove_leftovers
 from fsdp_qlora.config import TrainConfig, to_dict
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.files import fsync_folder, write_file, write_new
@@ -194,6 +194,17 @@ def start_over(folder: Path) -> None:
     for path in [*checkpoint_folders(folder), folder / ADAPTER, folder / MODEL, folder / BEST]:
         if path.exists():
             shutil.rmtree(path)
+
+
+def go_on_in(folder: Path, step: int, run_id: str, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """Remove what is of later steps than the one that the run goes on from; return the metrics so far."""
+    recorded = keep_metrics(folder, step)
+    for name in put_aside_later(folder, step, run_id):
+        say(f"a damaged checkpoint is put aside as {folder / FOLDER / name}")
+    later = drop_later_best(folder, step)
+    if later is not None:
+        say(f"{folder / BEST} deleted: it was of step {later}, from which the run does not go on")
+    return recorded
 
 
 def keep_metrics(folder: Path, step: int) -> list[dict[str, Any]]:

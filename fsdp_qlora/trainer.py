@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from fsdp_qlora import data
+from fsdp_qlora.best import BestFolder, best_step
 from fsdp_qlora.build import BuiltModel
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
@@ -51,7 +52,7 @@ class Trainer:
         evaluation: loaders of the evaluation sets by name.
         start: where to go on.
         sampler: answers sample prompts at every evaluation.
-        keep_best: called with the step after every evaluation that gave the lowest loss so far, on all ranks.
+        best: keeps what is trained after every evaluation that gave the lowest loss so far.
         progress: kept up to date.
     """
 
@@ -64,12 +65,12 @@ class Trainer:
         evaluation: Mapping[str, data.Loader],
         start: Position | None = None,
         sampler: Sampler | None = None,
-        keep_best: Callable[[int], None] | None = None,
+        best: BestFolder | None = None,
         progress: Progress | None = None,
     ) -> None:
         self.config, self.ranks, self.root = config, ranks, built.root
         self.train_loader, self.eval_loaders, self.sampler = train, evaluation, sampler
-        self.keep_best = keep_best
+        self.best = best
         self.optimizer = build_optimizer(built.root, config, built.offloaded)
         self.progress = progress or Progress()
         built.skeleton.blocks[0].register_forward_pre_hook(lambda *_: self.progress.beat())
@@ -107,7 +108,7 @@ class Trainer:
             total += loss.detach()
         sum_replicas(self.root, self.ranks)
         norm = gradient_norm(self.root).to(self.ranks.device)
-        totals = torch.stack([total, *(total.new_tensor(vote) for vote in votes())])
+        totals = torch.stack([total, *(total.new_full((), vote) for vote in votes())])  # nothing that waits for the GPU
         dist.all_reduce(totals)
         self.optimizer.set_lr(learning_rate(self.config, step, self.num_steps))
         self.optimizer.step_if_finite(totals[0], norm)
@@ -169,7 +170,9 @@ class Trainer:
         self.optimizer.finish()
         saver.finish()
         if self._has_stalled(evaluations) and self.position.step < self.num_steps and not stopped:
-            metrics.show(f"stopped at step {self.position.step}: the lowest loss is that of step {_best(evaluations)}")
+            metrics.show(
+                f"stopped at step {self.position.step}: the lowest loss is that of step {best_step(evaluations)}"
+            )
             self.num_steps = self.progress.num_steps = self.position.step
         if self.position.step not in (0, self.progress.saved_step):
             saver.start(self.position)
@@ -197,6 +200,8 @@ class Trainer:
         """
         step = self.position.step
         if step in evaluations or not (step == 0 or self._is_due(self.config.eval_steps)):
+            if self.best is not None and step in evaluations:  # which may have been killed before it was kept
+                self.best.keep(step, evaluations)
             return False
         self.optimizer.finish()
         try:
@@ -213,8 +218,8 @@ class Trainer:
                 f"step {step}: eval loss {values['eval_loss']:.4f}{of_sets}, perplexity {values['perplexity']:.2f},"
                 f" token accuracy {values['token_accuracy']:.1%}"
             )
-            if self.keep_best is not None and step == _best(evaluations):
-                self.keep_best(step)
+            if self.best is not None:
+                self.best.keep(step, evaluations)
         if answers:
             metrics.log_samples(answers, step)
         return False
@@ -222,7 +227,7 @@ class Trainer:
     def _has_stalled(self, evaluations: Mapping[int, dict[str, Any]]) -> bool:
         """Return whether the last `early_stopping_patience` evaluations (0: never) gave no lower loss than one before."""
         patience = self.config.early_stopping_patience
-        return patience > 0 and sum(step > _best(evaluations) for step in evaluations) >= patience
+        return patience > 0 and sum(step > best_step(evaluations) for step in evaluations) >= patience
 
     def _summary(self, evaluations: dict[int, dict[str, Any]], loss: float | None) -> dict[str, Any]:
         tokens, seconds = self.position.tokens, self.position.seconds
@@ -234,7 +239,7 @@ class Trainer:
             "train_loss": loss,
             "eval_loss_before": evaluations.get(0, {}).get("eval_loss"),
             "eval_loss_after": evaluations.get(self.num_steps, {}).get("eval_loss"),
-            "best_step": _best(evaluations) if evaluations else None,
+            "best_step": self.best.step() if self.best is not None else best_step(evaluations) if evaluations else None,
             "peak_gpu_gib": round(memory_gib(self.ranks.device), 2),
         }
 
@@ -278,8 +283,3 @@ def count_steps(train: data.Loader, epochs: range, progress: Progress) -> int:
         num_steps += train.num_steps(epoch)
     progress.beat("start-up")
     return num_steps
-
-
-def _best(evaluations: Mapping[int, dict[str, Any]]) -> int:
-    """Return the step with the lowest evaluation loss, the first of several; 0 without any."""
-    return min(evaluations, key=lambda step: (evaluations[step]["eval_loss"], step), default=0)

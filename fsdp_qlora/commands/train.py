@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora import data
-from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter, trained_step
+from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter
 from fsdp_qlora.balance import balance_routers
+from fsdp_qlora.best import BestFolder
 from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
@@ -25,7 +27,7 @@ from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
-from fsdp_qlora.errors import ConfigError
+from fsdp_qlora.errors import CheckpointError, ConfigError
 from fsdp_qlora.export.full_model import save_model
 from fsdp_qlora.fetch import fetch_once
 from fsdp_qlora.metrics import Metrics, memory_gib
@@ -44,8 +46,7 @@ from fsdp_qlora.run_folder import (
     ADAPTER,
     BEST,
     MODEL,
-    drop_later_best,
-    keep_metrics,
+    go_on_in,
     start_over,
     starts_over,
     where_to_start,
@@ -99,8 +100,8 @@ def _train(session: Session) -> bool:
         keep = functools.partial(_save_model, session, built, folder, tokenizer)
     else:
         keep = functools.partial(_save_adapter, built, lora, _base_name(config, folder), tokenizer, ranks)
-    keep_best = functools.partial(keep, output / BEST) if config.keep_best else None
-    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None, keep_best, progress)
+    best = BestFolder(output / BEST, keep) if config.keep_best else None
+    trainer = Trainer(config, ranks, built, train, evaluation, start, sampler if prompts else None, best, progress)
     progress.num_steps = trainer.num_steps
     if found is not None:
         restore(found, identity, trainer.optimizer, built.root, config, ranks, session.say)
@@ -110,7 +111,7 @@ def _train(session: Session) -> bool:
     peft_config = None if lora is None else adapter_config(built.root, lora, _base_name(config, folder))
     contents = {"identity": identity, "config": record["config"], "versions": record["versions"]}
     saver = Saver(config, ranks, built.root, trainer.optimizer, peft_config, contents, progress)
-    recorded = from_main(_prepare_folder(session, record, resumed=found is not None) if ranks.is_main else [])
+    recorded = _prepare_folder(session, record, saver.run_id, resumed=found is not None)
     saver.require_space()
     session.begin_training()
     with (
@@ -133,18 +134,32 @@ def _train(session: Session) -> bool:
     return True
 
 
-def _prepare_folder(session: Session, record: dict[str, Any], resumed: bool) -> list[dict[str, Any]]:
-    """Leave in the output folder what belongs to this run so far, and its record; return the metrics so far."""
-    output, step, recorded = session.output, session.progress.step, []
-    if resumed:
-        recorded = keep_metrics(output, step)
-        later = drop_later_best(output, step)
-        if later is not None:
-            session.say(f"{output / BEST} deleted: it was of step {later}, from which the run does not go on")
-    else:
-        start_over(output)
-    write_record(output, record)
-    return recorded
+def _prepare_folder(session: Session, record: dict[str, Any], run_id: str, resumed: bool) -> list[dict[str, Any]]:
+    """Leave in the output folder what belongs to this run so far, and its record; return the metrics so far.
+
+    Raises:
+        CheckpointError, on every rank: the folder cannot be changed.
+    """
+    recorded: list[dict[str, Any]] = []
+    with agree_on_errors(session.ranks, "preparing the output folder"), _writing(session.output):
+        if session.ranks.is_main:
+            if resumed:
+                recorded = go_on_in(session.output, session.progress.step, run_id, session.say)
+            else:
+                start_over(session.output)
+            write_record(session.output, record)
+    return from_main(recorded)
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+    """Turn what the file system says into an error for the user."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder}: cannot be written ({error.strerror}); free space, mend the folder or choose another --output_dir"
+        ) from error
 
 
 def _save_adapter(
@@ -158,8 +173,9 @@ def _save_adapter(
 ) -> None:
     """Write adapter and tokenizer; every rank must call this."""
     save_adapter(built.root, lora, base, folder, ranks, step)
-    if ranks.is_main:
-        tokenizer.save_pretrained(folder)
+    with agree_on_errors(ranks, "saving the tokenizer"), _writing(folder):
+        if ranks.is_main:
+            tokenizer.save_pretrained(folder)
 
 
 def _save_model(
@@ -357,15 +373,14 @@ def _say_summary(config: TrainConfig, summary: dict[str, Any], result: Path) -> 
     # of a run that went on from another folder, or had no step left to do, not all of these are known
     train_loss, *evaluations = (summary[name] for name in ("train_loss", "eval_loss_before", "eval_loss_after"))
     known = [f"{loss:.4f}" for loss in evaluations if loss is not None]
-    # not the lowest loss of the metrics: its adapter was given up where a run went on from before a later best
-    best_step = trained_step(result.with_name(BEST)) if config.keep_best else None
+    best = summary["best_step"] if config.keep_best else None
     print(
         f"done: {summary['steps']} steps, {summary['tokens']:,} tokens in {summary['seconds']:.0f} s"
         f" ({summary['tokens_per_second']:.0f} tok/s)"
         + ("" if train_loss is None else f", train loss {train_loss:.4f}")
         + (f", eval loss {' -> '.join(known)}" if known else "")
         + f"\n{result.name}: {result}\n"
-        + ("" if best_step is None else f"best: {result.with_name(BEST)}, of step {best_step}\n")
+        + ("" if best is None else f"best: {result.with_name(BEST)}, of step {best}\n")
         + f'try it: fsdp-qlora generate --{result.name} {result} --prompt "..."',
         flush=True,
     )

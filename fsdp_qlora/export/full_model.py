@@ -81,9 +81,12 @@ def _write(
         write_checkpoint(target, _parts(source, names, gathered), config, side_files(base), lambda line: None)
     try:
         tokenizer.save_pretrained(partial)
+        old = folder.with_name(f"{folder.name}.old")
+        shutil.rmtree(old, ignore_errors=True)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)  # deleted in place it could be cut off and be taken for a model
         partial.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise CheckpointError(
             f"{folder}: the model cannot be written ({error.strerror}); free space or choose another --output_dir"

@@ -44,7 +44,11 @@ class Lora:
 
     def factors(self, updated: Tensor) -> Tensor | None:
         """Return by what the rows of weight + update [out, in] are multiplied, [out]; None without DoRA."""
-        return None if self.magnitudes is None else self.magnitudes / torch.linalg.vector_norm(updated, dim=1)
+        if self.magnitudes is None:
+            return None
+        # a row of zeros stays one, as in training
+        lengths: Tensor = torch.linalg.vector_norm(updated, dim=1).clamp(min=torch.finfo(torch.float32).tiny ** 0.5)
+        return self.magnitudes / lengths
 
     def add_to(self, weight: Tensor) -> Tensor:
         """Return an updated matrix [out, in], float32, in the memory of the given one."""

@@ -127,14 +127,14 @@ def _rank(rank: int, world_size: int, port: int, settings: dict[str, Any], fault
     cli.main(["train", *(f"--{name}={value}" for name, value in settings.items())])
 
 
-def losses(run: Path) -> dict[int, float]:
-    """Return the logged training losses by step; AssertionError if a step is there twice."""
+def losses(run: Path, name: str = "loss") -> dict[int, float]:
+    """Return the logged losses of a name by step; AssertionError if a step is there twice."""
     found: dict[int, float] = {}
     for line in (run / "metrics.jsonl").read_text().splitlines():
         record = json.loads(line)
-        if "loss" in record:
+        if name in record:
             assert record["step"] not in found, record
-            found[record["step"]] = record["loss"]
+            found[record["step"]] = record[name]
     return found
 
 

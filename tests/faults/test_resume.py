@@ -138,7 +138,18 @@ def test_a_restarted_job_goes_on_though_told_to_overwrite(inputs: dict[str, str]
     assert "--overwrite: done at the first start of this job; this restart goes on" in printed
     assert f"going on from {run / 'checkpoints' / 'step-000004'}\n" in printed
     assert "best deleted: it was of step 5" in printed
-    assert not (run / "best").exists()
+    assert trained_step(run / "best") == 4, "as evaluated before"
+
+
+def test_the_best_that_was_not_kept_is_kept_by_whoever_goes_on_from_it(inputs: dict[str, str], tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    settings = {**of_world(inputs, 2), "output_dir": run, "eval_split": 0.2, "eval_steps": 2}
+    assert train(2, {**settings, "max_steps": 4}) == [0, 0]
+    assert train(2, {**settings, "max_steps": 8, "keep_best": True, "lr": 1.0}) == [0, 0]
+    evaluated = {step: loss for step, loss in losses(run, "eval_loss").items() if step >= 4}
+    assert min(evaluated, key=lambda step: evaluated[step]) == 4 != max(evaluated)
+    assert trained_step(run / "best") == 4
+    assert f"best: {run / 'best'}, of step 4\n" in trials.printed(run)
 
 
 @pytest.mark.parametrize("max_steps", [8, 4])

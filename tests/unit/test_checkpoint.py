@@ -29,6 +29,7 @@ from fsdp_qlora.checkpoint import (
     name_of,
     prune,
     publish,
+    put_aside_later,
     read_manifest,
     remove_leftovers,
     verify,
@@ -283,6 +284,20 @@ def test_the_oldest_are_deleted_and_damaged_ones_neither_count_nor_go(tmp_path: 
     assert prune(tmp_path, 2, "x") == ["step-000002", "step-000001"]
     assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-000005", "step-000004", "step-000003"]
     assert len(list((tmp_path / FOLDER).iterdir())) == 3
+
+
+def test_damage_that_only_reading_shows_does_not_cost_an_intact_checkpoint(tmp_path: Path, ranks: Ranks) -> None:
+    for step in (6, 8):
+        make(tmp_path, step)
+    file = tmp_path / FOLDER / "step-000008" / "rank-00001.safetensors"
+    file.write_bytes(bytes([file.read_bytes()[0] ^ 1]) + file.read_bytes()[1:])
+    found = find_checkpoint("auto", tmp_path, ranks, print)
+    assert found is not None
+    assert put_aside_later(tmp_path, found.manifest.position.step, "x") == ["step-000008.damaged-x"]
+    make(tmp_path, 7)
+    assert prune(tmp_path, 2, "x") == []
+    assert [path.name for path in checkpoint_folders(tmp_path)] == ["step-000007", "step-000006"]
+    assert (tmp_path / FOLDER / "step-000008.damaged-x").is_dir()
 
 
 def test_a_damaged_folder_of_the_same_name_is_put_aside(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from fsdp_qlora.commands.quantize import quantize
 from fsdp_qlora.config import MergeConfig, QuantizeConfig
 from fsdp_qlora.errors import CheckpointError, ConfigError, FsdpQloraError
 from fsdp_qlora.export.merge_error import compare, tokenize
+from fsdp_qlora.export.merged_weights import Lora
 from fsdp_qlora.output_files import CONFIG_FILE, WEIGHTS_FILE
 from tests.e2e.conftest import save_tokenizer
 from tests.limited import run_limited, weights_bytes
@@ -167,6 +168,19 @@ def test_dora_is_merged_as_by_peft(tmp_path: Path) -> None:
     with torch.no_grad():
         expected = with_adapter(base, adapter)(IDS).logits
     assert (logits_of(tmp_path / "out") - expected).abs().max() < 1e-4
+
+
+def test_a_row_of_zeros_stays_one_with_dora() -> None:
+    """As in training, whose magnitudes of such rows are the least length that they divide by."""
+    base = torch.randn(4, 6)
+    base[2] = 0
+    lora_A, lora_B = torch.randn(2, 6), torch.randn(4, 2)
+    lora_B[2] = 0
+    updated = base + 0.5 * lora_B @ lora_A
+    magnitudes = updated.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny ** 0.5) * 1.5
+    merged = Lora(lora_A, lora_B, 0.5, magnitudes).add_to(base.clone())
+    assert torch.allclose(merged, 1.5 * updated)
+    assert not merged[2].any()
 
 
 @pytest.mark.parametrize(
