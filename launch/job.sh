@@ -18,6 +18,11 @@ has_flag() {
     return 1
 }
 
+# must_be_a_count NAME VALUE
+must_be_a_count() {
+    [[ $2 =~ ^[1-9][0-9]*$ ]] || fail "$1=$2: must be a whole number of at least 1"
+}
+
 # Go to the repository and set what the user has not set.
 prepare() {
     local home=$1
@@ -29,6 +34,8 @@ prepare() {
     command -v torchrun >/dev/null || fail "no torchrun; make .venv with scripts/setup.sh, or activate your environment"
     # One rank a GPU. SLURM says how many it gave (--gpus-per-node); without any, one rank computes on the CPU.
     nproc=${NPROC_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
+    must_be_a_count NPROC_PER_NODE "$nproc"
+    must_be_a_count MAX_FRUITLESS "${MAX_FRUITLESS:-3}"
     # More threads than cores slow every rank down; torchrun's own default of 1 leaves cores idle.
     local cores=${SLURM_CPUS_PER_TASK:-$(nproc --all)}
     export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((cores / nproc > 0 ? cores / nproc : 1))}
@@ -48,11 +55,15 @@ collect_arguments() {
     local job=${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}
     if [[ -n ${SWEEP:-} ]]; then
         [[ -n ${SLURM_ARRAY_TASK_ID:-} ]] || fail "SWEEP=$SWEEP needs a job array: sbatch --array=1-N"
-        local line extra
-        line=$(sed -n "${SLURM_ARRAY_TASK_ID}p" "$SWEEP") || fail "SWEEP=$SWEEP cannot be read"
-        [[ -n $line ]] || fail "$SWEEP has no line $SLURM_ARRAY_TASK_ID; submit with --array=1-$(wc -l <"$SWEEP")"
+        local line words extra number=$SLURM_ARRAY_TASK_ID
+        line=$(sed -n "${number}p" "$SWEEP") || fail "SWEEP=$SWEEP cannot be read"
+        if [[ -z ${line//[[:space:]]/} ]]; then
+            ((number > $(grep -c '' "$SWEEP"))) || fail "$SWEEP: line $number is empty; write a task's flags there or remove it"
+            fail "$SWEEP has no line $number; submit with --array=1-$(grep -c '' "$SWEEP")"
+        fi
         # xargs reads quotes as a shell does, and runs nothing
-        mapfile -t extra < <(xargs -n 1 printf '%s\n' <<<"$line")
+        words=$(xargs -n 1 printf '%s\n' <<<"$line" 2>/dev/null) || fail "$SWEEP: line $number has an unmatched quote: $line"
+        mapfile -t extra <<<"$words"
         arguments+=("${extra[@]}")
     fi
     if ! has_flag output_dir "${arguments[@]}" && ! has_flag config "${arguments[@]}"; then

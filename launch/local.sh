@@ -8,7 +8,8 @@ home=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 # shellcheck source=launch/job.sh
 source "$home/launch/job.sh"
 if [[ -z ${NPROC_PER_NODE:-} ]] && command -v nvidia-smi >/dev/null; then
-    NPROC_PER_NODE=$(nvidia-smi --list-gpus | wc -l)
+    gpus=$(nvidia-smi --list-gpus | grep -c '^GPU ') || gpus=1 # without any, one rank computes on the CPU
+    NPROC_PER_NODE=$gpus
 fi
 prepare "$home"
 exec torchrun --standalone --nproc_per_node "$nproc" --max-restarts "${MAX_RESTARTS:-0}" train.py "$@"

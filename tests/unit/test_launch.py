@@ -206,6 +206,34 @@ def test_a_line_of_the_sweep_for_every_task(job: Job, tmp_path: Path) -> None:
     assert "needs a job array" in job.run("slurm_single_node.sbatch", SWEEP=str(sweep))[1]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('--output_dir={}/a --lr="5e-4', "line 2 has an unmatched quote: --output_dir="),
+        ("  ", "line 2 is empty; write a task's flags there or remove it"),
+    ],
+)
+def test_a_broken_line_of_the_sweep_starts_nothing(job: Job, tmp_path: Path, line: str, message: str) -> None:
+    sweep = tmp_path / "sweep.txt"
+    sweep.write_text(f"--lr 1e-3\n{line.format(job.output_dir)}\n--lr 1e-4\n")
+    task = {"SWEEP": str(sweep), "SLURM_ARRAY_JOB_ID": "4241", "SLURM_ARRAY_TASK_ID": "2"}
+    code, text = job.run("slurm_single_node.sbatch", **task)
+    assert code == 2
+    assert f"error: {sweep}: {message}" in text
+    assert job.called("torchrun") == []
+
+
+@pytest.mark.parametrize("file", ["local.sh", "slurm_single_node.sbatch"])
+@pytest.mark.parametrize(
+    ("name", "value"), [("NPROC_PER_NODE", "0"), ("NPROC_PER_NODE", "two"), ("MAX_FRUITLESS", "x")]
+)
+def test_numbers_that_are_none_are_named(job: Job, file: str, name: str, value: str) -> None:
+    code, text = job.run(file, "--output_dir", str(job.output_dir), **{name: value})
+    assert code == 2
+    assert f"error: {name}={value}: must be a whole number of at least 1" in text
+    assert job.called("torchrun") == []
+
+
 @pytest.mark.parametrize("file", JOBS)
 def test_the_time_limit_lets_the_ranks_save_and_requeues(job: Job, file: str) -> None:
     process = job.start(file, "--output_dir", str(job.output_dir), BEHAVIOUR="preempted")
