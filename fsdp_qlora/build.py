@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 from fsdp_qlora.activation_checkpointing import Block
 from fsdp_qlora.adapters import TrainedAdapter, check_adapter, check_layers
 from fsdp_qlora.distributed import Ranks, agree_on_errors, shard_rows
-from fsdp_qlora.errors import ModelError, WeightsError
+from fsdp_qlora.errors import CheckpointError, ModelError, WeightsError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.skeleton import Skeleton, build_skeleton
 from fsdp_qlora.output_files import read_record
@@ -83,6 +84,27 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
         ) from error
     assert isinstance(tokenizer, PreTrainedTokenizerBase)
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write a tokenizer's files beside the folder, and put them into it once they are whole.
+
+    Raises:
+        CheckpointError: the folder cannot be written.
+    """
+    partial = folder.with_name(f"{folder.name}.partial")
+    try:
+        tokenizer.save_pretrained(partial)
+        for path in partial.iterdir():
+            if path.is_dir():  # further chat templates
+                shutil.rmtree(folder / path.name, ignore_errors=True)
+            path.replace(folder / path.name)
+        partial.rmdir()
+    except Exception as error:  # the tokenizers library raises this very class, on a full disk for instance
+        raise CheckpointError(
+            f"{folder}: the tokenizer cannot be written ({error}); free space and start again: the run goes on from its"
+            " last checkpoint"
+        ) from error
 
 
 def form_alone(folder: Path) -> QuantSettings:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import random
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,11 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 FIXED = (*METHOD_SETTINGS, "context_length", "packing", "train_on", "seed")
 """Settings that cannot change in the middle of a run: its matrices or its samples would be others."""
 
-FREE = ("model", "dataset", "output_dir", "overwrite", "resume", "debug", "log_to", "run_name", "logging_steps")
+HASHED = {"tokenizer", "data", "base"}
+"""What is compared by its contents."""
+
+LOGGING = ("output_dir", "overwrite", "resume", "debug", "log_to", "run_name", "logging_steps")
+FREE = ("model", "dataset", *LOGGING)
 """Settings whose change is not worth a word; that base and data are the same is checked by their contents."""
 
 Say = Callable[[str], None]
@@ -80,26 +84,29 @@ def identity_of(config: TrainConfig, tokenizer: PreTrainedTokenizerBase, train: 
     return {**{name: settings[name] for name in FIXED}, "tokenizer": tokenizer_hash, "data": train.digest()}
 
 
-def check_identity(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+def check_identity(checkpoint: Checkpoint, config: TrainConfig, now: dict[str, Any]) -> None:
     """Raise CheckpointError with both values of everything in `now` that was not so when the checkpoint was written."""
-    changed = [
-        f"{name} is {show(value)} and was {show(then.get(name))}"
-        for name, value in now.items()
-        if value != then.get(name)
-    ]
-    if changed:
-        raise CheckpointError(
-            f"{folder}: belongs to another run: {'; '.join(changed)}; set it back, or start afresh in another --output_dir"
-        )
+    then = checkpoint.manifest.identity
+    changed = [name for name, value in now.items() if value != then.get(name)]
+    if not changed:
+        return
+    values = "; ".join(f"{name} is {show(now[name])} and was {show(then.get(name))}" for name in changed)
+    why = ""
+    if HASHED.intersection(changed):  # which say that something is another, not what
+        settings = changed_settings(config, checkpoint.manifest, but=LOGGING)
+        why = f" (changed settings: {', '.join(settings)})" if settings else " (no setting has changed: the files have)"
+    raise CheckpointError(
+        f"{checkpoint.folder}: belongs to another run: {values}{why}; set it back, or start afresh in another --output_dir"
+    )
 
 
-def changed_settings(config: TrainConfig, manifest: Manifest) -> list[str]:
-    """Return lines on the settings that differ from the checkpoint's and may."""
+def changed_settings(config: TrainConfig, manifest: Manifest, but: Collection[str]) -> list[str]:
+    """Return lines on the settings that differ from the checkpoint's, but for some."""
     now = to_dict(config)
     return [
         f"{name} {show(manifest.config[name])} -> {show(value)}"
         for name, value in now.items()
-        if name not in FREE and name in manifest.config and manifest.config[name] != value
+        if name not in but and name in manifest.config and manifest.config[name] != value
     ]
 
 
@@ -166,7 +173,7 @@ def check_fit(
         CheckpointError: it belongs to another run.
         ConfigError: a step would begin in the middle of one that was already done.
     """
-    check_identity(checkpoint.folder, checkpoint.manifest.identity, identity)
+    check_identity(checkpoint, config, identity)
     done, size = checkpoint.manifest.position.sequences, train.sequences_per_step
     if done % size:
         world = train.world_size
@@ -181,7 +188,7 @@ def check_fit(
             f" {config.batch_size} x gradient_accumulation_steps {config.gradient_accumulation_steps} x {world}"
             f" ranks = {size}; {remedy}"
         )
-    changed = changed_settings(config, checkpoint.manifest)
+    changed = changed_settings(config, checkpoint.manifest, but=FREE)
     if changed:
         say(f"settings changed since the checkpoint: {', '.join(changed)}")
 
@@ -201,7 +208,7 @@ def restore(
         CheckpointError, on every rank: it is of another base, or holds other matrices.
     """
     with agree_on_errors(ranks, "restoring the checkpoint"):
-        check_identity(checkpoint.folder, checkpoint.manifest.identity, identity)
+        check_identity(checkpoint, config, identity)
         restore_optimizer(optimizer, root, checkpoint, ranks)
         restore_random_state(checkpoint, config, ranks, say)
 

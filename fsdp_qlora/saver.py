@@ -31,6 +31,9 @@ from fsdp_qlora.run_folder import Progress
 BYTES_PER_PARAMETER = 12
 """Of a checkpoint: the value and AdamW's two moments, all float32."""
 
+RESULT_BYTES = 32 * 2**20
+"""Of an adapter or model beside its weights: the tokenizer."""
+
 
 @dataclass
 class Writing:
@@ -71,7 +74,7 @@ class Saver:
         contents: dict[str, Any],
         progress: Progress,
     ) -> None:
-        self.run, self.keep = Path(config.output_dir), config.save_total_limit
+        self.run, self.keep, self.keeps_best = Path(config.output_dir), config.save_total_limit, config.keep_best
         self.run_id = from_main(uuid.uuid4().hex[:12])
         self.ranks, self.root, self.optimizer = ranks, root, optimizer
         self.adapter_config, self.contents, self.progress = adapter_config, contents, progress
@@ -84,10 +87,16 @@ class Saver:
         return self._writing is not None and self._writing.thread.is_alive()
 
     def require_space(self) -> None:
-        """Raise CheckpointError, on every rank, if the disk has no room for a checkpoint: before training, not after it."""
+        """Raise CheckpointError, on every rank, if the disk has no room for a checkpoint and what the run leaves.
+
+        Before training, not after it.
+        """
         with agree_on_errors(self.ranks, "looking for room for a checkpoint"):
             if self.ranks.is_main:
-                self._require_space(self.run, "free space, or choose another --output_dir")
+                size = self._size()
+                results = (2 if self.keeps_best else 1) * (size // 3 + RESULT_BYTES)
+                what, remedy = "a checkpoint and the results take", "free space, or choose another --output_dir"
+                self._require_space(self.run, what, size + results, remedy)
 
     def start(self, position: Position) -> None:
         """Copy the state and begin to write it.
@@ -146,22 +155,23 @@ class Saver:
         try:
             partial.parent.mkdir(exist_ok=True)
             remedy = "free space and start again: the run goes on from its last checkpoint"
-            self._require_space(partial.parent, remedy)
+            self._require_space(partial.parent, "a checkpoint takes", self._size(), remedy)
             (partial if self.adapter_config is None else partial / "adapter").mkdir(parents=True)
         except OSError as error:
             raise self._failure(partial, error) from error
 
-    def _require_space(self, folder: Path, remedy: str) -> None:
-        parameters = sum(parameter.numel() for _, parameter in trainable(self.root))
-        needed = parameters * BYTES_PER_PARAMETER + (1 << 20)
+    def _size(self) -> int:
+        """Return the bytes of a checkpoint."""
+        size = sum(parameter.numel() for _, parameter in trainable(self.root)) * BYTES_PER_PARAMETER + (1 << 20)
         if self.root.tied and self.adapter_config is not None:
             # adapters.adapter_matrices stores the one matrix for embedding and head
-            needed += sum(4 * module.weight.numel() for _, module in trained_vocabularies(self.root.model))
+            size += sum(4 * module.weight.numel() for _, module in trained_vocabularies(self.root.model))
+        return size
+
+    def _require_space(self, folder: Path, what: str, needed: int, remedy: str) -> None:
         free = shutil.disk_usage(folder).free
         if free < needed:
-            raise CheckpointError(
-                f"{folder}: a checkpoint takes {needed / 1e9:.2f} GB and {free / 1e9:.2f} GB are free; {remedy}"
-            )
+            raise CheckpointError(f"{folder}: {what} {needed / 1e9:.3f} GB and {free / 1e9:.3f} GB are free; {remedy}")
 
     def _copy_own(self) -> tuple[dict[str, Tensor], str]:
         """Return host copies of what only this rank has."""

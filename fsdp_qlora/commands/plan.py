@@ -17,6 +17,7 @@ from fsdp_qlora.distributed import compute_dtype
 from fsdp_qlora.errors import ConfigError
 from fsdp_qlora.host_memory import GIB
 from fsdp_qlora.models.hub import resolve_config
+from fsdp_qlora.models.skeleton import check_context
 from fsdp_qlora.parallel import spread
 from fsdp_qlora.plan.choice import (
     CONTEXT_STEP,
@@ -142,10 +143,11 @@ def run(config: PlanConfig) -> None:
     """Print whether a run fits, and how; the command line's `plan`.
 
     Raises:
-        ConfigError: it does not fit, or a picture is asked for without matplotlib.
+        ConfigError: it does not fit, the context is longer than the model's, or a picture is asked for without matplotlib.
     """
     folder = resolve_config(config.model, config.revision)
     shape = _shape(config, folder, config.sharding)
+    check_context(config.context_length, shape.max_positions)
     batch = Run(
         config.batch_size,
         config.context_length,
@@ -248,11 +250,11 @@ def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Reque
     context, size = longest_context(shape, budget, request), largest_batch(shape, budget, request)
     limit = " (the model's limit)" if context + CONTEXT_STEP > shape.max_positions else ""
     rate = config.nodes * config.gpus * batch.tokens / time.seconds
-    overlap = (
-        "copies overlap with computation"
-        if time.overlapped
-        else "copies do not overlap where a rank holds whole blocks and keeps activations"
-    )
+    overlap = ""
+    if time.host or time.links:
+        overlap = "; copies overlap with computation"
+        if not time.overlapped:
+            overlap = "; copies do not overlap where a rank holds whole blocks and keeps activations"
     lines = [
         f"peak: {choice.estimate.phase}",
         f"settings: {in_words(shape, choice.memory)}",
@@ -261,7 +263,7 @@ def _lines(config: PlanConfig, shape: ModelShape, budget: Budget, request: Reque
         f"time of one micro-batch: {time.seconds:.2f} s, {rate:.0f} tokens/s on all GPUs, limited by {time.limit}",
         f"  computation {time.compute:.2f} s at {config.gpu_tflops:g} TFLOP/s sustained a GPU, host copies"
         f" {time.host:.2f} s at {config.host_bandwidth:g} GB/s,",
-        f"  gathers {time.links:.2f} s at {config.link_bandwidth:g} GB/s; {overlap}",
+        f"  gathers {time.links:.2f} s at {config.link_bandwidth:g} GB/s{overlap}",
     ]
     if time.exchange:
         lines.append(f"  sums of gradients {time.exchange:.2f} s, once a step, beside which nothing is computed")
@@ -305,5 +307,7 @@ def plot(path: str, wanted: Estimate, budget: Budget) -> None:
     axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), reverse=True)
     try:
         figure.savefig(path)
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise ConfigError(f"--plot={path} cannot be written ({error.strerror}); choose another folder") from error
+    except ValueError as error:
         raise ConfigError(f"--plot={path} cannot be written ({error}); give a path ending in .png") from error

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import functools
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,20 +19,20 @@ from fsdp_qlora import data
 from fsdp_qlora.adapters import adapter_config, open_adapter, save_adapter
 from fsdp_qlora.balance import balance_routers
 from fsdp_qlora.best import BestFolder
-from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, verify_weights
+from fsdp_qlora.build import BuiltModel, build_model, load_tokenizer, save_tokenizer, verify_weights
 from fsdp_qlora.checkpoint import Position
 from fsdp_qlora.config import TrainConfig
 from fsdp_qlora.config.lora import lora_settings
 from fsdp_qlora.data.templates import use_template
 from fsdp_qlora.decode import read_stop_ids
 from fsdp_qlora.distributed import Ranks, agree_on_errors, compute_dtype, from_main
-from fsdp_qlora.errors import CheckpointError, ConfigError
+from fsdp_qlora.errors import CheckpointError
 from fsdp_qlora.export.full_model import save_model
 from fsdp_qlora.fetch import fetch_once
 from fsdp_qlora.metrics import Metrics, memory_gib
 from fsdp_qlora.models.aliases import ALIASES
 from fsdp_qlora.models.hub import commit_of, download_cache, resolve, resolve_config
-from fsdp_qlora.models.skeleton import read_config
+from fsdp_qlora.models.skeleton import check_context, read_config
 from fsdp_qlora.models.vocabulary import trained_vocabularies
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.plan.model_shape import ModelShape, model_shape
@@ -141,25 +140,20 @@ def _prepare_folder(session: Session, record: dict[str, Any], run_id: str, resum
         CheckpointError, on every rank: the folder cannot be changed.
     """
     recorded: list[dict[str, Any]] = []
-    with agree_on_errors(session.ranks, "preparing the output folder"), _writing(session.output):
-        if session.ranks.is_main:
-            if resumed:
-                recorded = go_on_in(session.output, session.progress.step, run_id, session.say)
-            else:
-                start_over(session.output)
-            write_record(session.output, record)
+    output = session.output
+    with agree_on_errors(session.ranks, "preparing the output folder"):
+        try:
+            if session.ranks.is_main and resumed:
+                recorded = go_on_in(output, session.progress.step, run_id, session.say)
+            elif session.ranks.is_main:
+                start_over(output)
+            if session.ranks.is_main:
+                write_record(output, record)
+        except OSError as error:
+            raise CheckpointError(
+                f"{output}: cannot be written ({error.strerror}); free space, mend the folder or choose another --output_dir"
+            ) from error
     return from_main(recorded)
-
-
-@contextlib.contextmanager
-def _writing(folder: Path) -> Iterator[None]:
-    """Turn what the file system says into an error for the user."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder}: cannot be written ({error.strerror}); free space, mend the folder or choose another --output_dir"
-        ) from error
 
 
 def _save_adapter(
@@ -173,9 +167,9 @@ def _save_adapter(
 ) -> None:
     """Write adapter and tokenizer; every rank must call this."""
     save_adapter(built.root, lora, base, folder, ranks, step)
-    with agree_on_errors(ranks, "saving the tokenizer"), _writing(folder):
+    with agree_on_errors(ranks, "saving the tokenizer"):
         if ranks.is_main:
-            tokenizer.save_pretrained(folder)
+            save_tokenizer(tokenizer, folder)
 
 
 def _save_model(
@@ -219,12 +213,7 @@ def _resolve_config(session: Session) -> Path:
     folder = _fetch(session, functools.partial(resolve_config, config.model, config.revision, tokenizer=True))
     with agree_on_errors(ranks, "checking the settings"):
         model_config, _ = read_config(folder)
-        longest = getattr(model_config, "max_position_embeddings", None)
-        if longest is not None and config.context_length > longest:
-            raise ConfigError(
-                f"context_length {config.context_length} is longer than the model's {longest} positions;"
-                f" use at most {longest}"
-            )
+        check_context(config.context_length, getattr(model_config, "max_position_embeddings", None))
     return folder
 
 

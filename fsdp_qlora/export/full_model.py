@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from fsdp_qlora.adapters import STEP, gather
+from fsdp_qlora.build import save_tokenizer
 from fsdp_qlora.distributed import Ranks, agree_on_errors
 from fsdp_qlora.errors import CheckpointError
 from fsdp_qlora.export.standalone import Source, Target, copy, in_file_order, open_source, side_files, write_checkpoint
@@ -79,8 +80,8 @@ def _write(
     with open_source(base) as source:
         target = Target(partial, {}, SHARD_SIZE, overwrite=True, metadata=metadata)
         write_checkpoint(target, _parts(source, names, gathered), config, side_files(base), lambda line: None)
+    save_tokenizer(tokenizer, partial)
     try:
-        tokenizer.save_pretrained(partial)
         old = folder.with_name(f"{folder.name}.old")
         shutil.rmtree(old, ignore_errors=True)
         if folder.exists():

@@ -11,7 +11,7 @@ from accelerate import init_empty_weights
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 
-from fsdp_qlora.errors import ModelError
+from fsdp_qlora.errors import ConfigError, ModelError
 from fsdp_qlora.models.attention import ATTENTION
 from fsdp_qlora.models.families import Family, family_of
 
@@ -67,6 +67,14 @@ class Skeleton:
         if self.family.logit_divisor is not None:
             return 1.0 / float(getattr(self.config, self.family.logit_divisor))
         return float(getattr(self.config, self.family.logit_factor)) if self.family.logit_factor is not None else 1.0
+
+
+def check_context(context_length: int, longest: int | None) -> None:
+    """Raise ConfigError for a context that is longer than the model's positions; None: it names no limit."""
+    if longest is not None and context_length > longest:
+        raise ConfigError(
+            f"context_length {context_length} is longer than the model's {longest} positions; use at most {longest}"
+        )
 
 
 def read_config(folder: Path) -> tuple[PretrainedConfig, Family]:

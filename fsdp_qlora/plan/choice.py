@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -139,14 +140,30 @@ def copies(alone: ModelShape, budget: Budget, request: Request, choice: Choice, 
 
 
 def choose_on_cpu(shape: ModelShape, budget: Budget, request: Request) -> MemorySettings:
-    """Return the settings for ranks that compute on the CPU: no offload, checkpointing only if RAM is too small."""
+    """Return the settings for ranks that compute on the CPU: no offload, checkpointing only if RAM is too small.
+
+    Raises:
+        ConfigError: RAM is too small all the same.
+    """
     if request.cpu_offload == "auto":
         request = replace(request, cpu_offload="none")
+
+    def taken(memory: MemorySettings) -> int:
+        wanted = estimate(shape, replace(request.run, memory=memory))
+        return request.run.local_ranks * (wanted.gpu_bytes - CONTEXT_BYTES) + wanted.host_bytes
+
     if request.activation_checkpointing == "auto":
-        wanted = estimate(shape, replace(request.run, memory=MemorySettings()))
-        enough = request.run.local_ranks * wanted.gpu_bytes + wanted.host_bytes <= budget.host
+        enough = taken(MemorySettings()) <= budget.host
         request = replace(request, activation_checkpointing="none" if enough else "full")
-    return next(candidates(shape, request))
+    memory = next(candidates(shape, request))
+    if taken(memory) > budget.host:
+        run = request.run
+        raise ConfigError(
+            f"does not fit: {run.batch_size} x {run.context_length} tokens take {taken(memory) / GIB:.1f} of"
+            f" {budget.host / GIB:.1f} GiB of RAM, as the ranks compute on the CPU (estimated; {in_words(shape, memory)});"
+            " use a smaller model, --batch_size or --context_length, or fewer ranks"
+        )
+    return memory
 
 
 def longest_context(shape: ModelShape, budget: Budget, request: Request) -> int:
@@ -186,12 +203,12 @@ def most_frugal(shape: ModelShape, budget: Budget, request: Request) -> Choice:
 
 
 def refusal(shape: ModelShape, budget: Budget, request: Request) -> str:
-    """Say what the most frugal allowed settings take, and which flag makes it fit."""
+    """Say what the most frugal settings take of those that the host holds, if it holds any, and what makes it fit."""
     choice = most_frugal(shape, budget, request)
     least = choice.estimate
     run = request.run
     return (
-        f"does not fit: {run.batch_size} x {run.context_length} tokens need at least {least.gpu_bytes / GIB:.1f} of"
+        f"does not fit: {run.batch_size} x {run.context_length} tokens take {least.gpu_bytes / GIB:.1f} of"
         f" {budget.gpu / GIB:.1f} GiB on a GPU and {least.host_bytes / GIB:.1f} of {budget.host / GIB:.1f} GiB of host"
         f" memory (estimated; {in_words(shape, choice.memory)}); {_remedy(shape, budget, request)}"
     )
@@ -204,13 +221,16 @@ def _remedy(shape: ModelShape, budget: Budget, request: Request) -> str:
         return "use --activation_checkpointing auto"
     if batch_size := largest_batch(shape, budget, request, limit=request.run.batch_size):
         return f"use --batch_size {batch_size}"
+    roomy = choose_or_none(shape, replace(budget, host=2**62), request)
+    larger = f"a machine with {math.ceil(roomy.estimate.host_bytes / GIB)} GiB of host memory" if roomy else ""
     free = replace(request, cpu_offload="auto", activation_checkpointing="auto", run=replace(request.run, batch_size=1))
     if context := longest_context(shape, budget, free):
-        return f"use --batch_size 1 --context_length {context} with --cpu_offload and --activation_checkpointing auto"
+        settings = f"--batch_size 1 --context_length {context} with --cpu_offload and --activation_checkpointing auto"
+        return f"use {settings}" + (f", or {larger}" if larger else "")
     if not request.sharded:
         return "use --sharding full, which shards the base and lets it rest on the host"
-    if roomy := choose_or_none(shape, replace(budget, host=2**62), request):
-        return f"use a machine with {roomy.estimate.host_bytes / GIB:.0f} GiB of host memory"
+    if larger:
+        return f"use {larger}"
     less = "--train_type lora" if shape.full else "a lower --lora_rank"
     return f"no context fits: use more or larger GPUs, {less} or a smaller model"
 

@@ -157,8 +157,17 @@ def test_plan_of_a_hopeless_run_ends_with_2_and_the_remedy(
     assert caught.value.code == 2
     out, err = capsys.readouterr()
     assert "verdict: does not fit; short of " in out
-    assert "error: does not fit: 1 x 2048 tokens need at least " in err
+    assert "error: does not fit: 1 x 2048 tokens take " in err
     assert "of 10.0 GiB on a GPU" in err
+
+
+def test_plan_refuses_a_context_that_train_refuses(
+    llama_folders: dict[str, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as caught:
+        plan("--model", str(llama_folders["8b"]), "--context_length=200000", "--gpu_memory=80", "--cpu_memory=512")
+    assert caught.value.code == 2
+    assert "error: context_length 200000 is longer than the model's 131072 positions" in capsys.readouterr().err
 
 
 def test_plan_says_where_a_copy_for_each_gpu_is_faster(

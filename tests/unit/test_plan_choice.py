@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -152,12 +153,33 @@ def test_more_blocks_than_the_model_has(shape_of) -> None:
         choose(shape_of("8b"), budget(80, 64), Request(Run(1, 64), cpu_offload="33"))
 
 
-@pytest.mark.parametrize(("host", "blocks"), [(200, 0), (8, 32)])
+def test_a_refusal_for_a_long_context_names_the_memory_that_would_do(shape_of) -> None:
+    shape, request = shape_of("70b", 2), Request(Run(1, 32768, local_ranks=2))
+    with pytest.raises(ConfigError) as refused:
+        choose(shape, budget(24, 64), request)
+    found = re.search(
+        r"--context_length (\d+) with .*, or a machine with (\d+) GiB of host memory$", str(refused.value)
+    )
+    assert found is not None
+    shorter = replace(request, run=replace(request.run, context_length=int(found[1])))
+    assert choose(shape, budget(24, 64), shorter).fits
+    assert choose(shape, budget(24, float(found[2])), request).fits
+
+
+@pytest.mark.parametrize(("host", "blocks"), [(200, 0), (10, 32)])
 def test_cpu_ranks_checkpoint_only_if_memory_is_short(shape_of, host: float, blocks: int) -> None:
     memory = choose_on_cpu(shape_of("8b"), budget(0, host), Request(Run(1, 2048)))
     assert memory == MemorySettings(checkpoint_blocks=blocks)
+
+
+def test_cpu_ranks_do_what_they_are_told_if_it_fits(shape_of) -> None:
     asked = Request(Run(1, 2048), "all", "none")
-    assert choose_on_cpu(shape_of("8b"), budget(0, host), asked) == MemorySettings(32, True, True)
+    assert choose_on_cpu(shape_of("8b"), budget(0, 200), asked) == MemorySettings(32, True, True)
+    for request in (asked, Request(Run(1, 2048))):
+        with pytest.raises(
+            ConfigError, match=r"tokens take \d+\.\d of 5\.0 GiB of RAM, as the ranks compute on the CPU"
+        ):
+            choose_on_cpu(shape_of("8b"), budget(0, 5), request)
 
 
 def resolved(folder: Path, gpu_memory: tuple[str, ...], host_gib: tuple[float, ...]) -> MemorySettings | str:
