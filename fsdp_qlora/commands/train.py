@@ -325,6 +325,11 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
     whole = [name.rpartition(".")[2] for name, _ in trained_vocabularies(trainer.root.model)]
     trained = "full fine-tuning" if trainer.root.masters else " + ".join(["LoRA", *whole])
     dtype = str(compute_dtype(config.precision, ranks.device)).removeprefix("torch.")
+    over = (
+        f"; --max_steps {config.max_steps} is less than what is done"
+        if 0 <= config.max_steps < trainer.num_steps
+        else ""
+    )
     _say(
         ranks,
         f"{trained}: {trainable:,} trainable parameters, {ranks.world_size} x {ranks.device.type},"
@@ -333,7 +338,7 @@ def _say_arithmetic(config: TrainConfig, ranks: Ranks, trainer: Trainer) -> None
         f" ranks = {sequences} sequences of up to {config.context_length} tokens ="
         f" {sequences * config.context_length:,} tokens\n"
         f"run: {trainer.num_steps} steps over {stats.num_sequences} sequences an epoch"
-        f" ({100 * stats.efficiency:.0f} % filled)",
+        f" ({100 * stats.efficiency:.0f} % filled){over}",
     )
 
 

@@ -62,7 +62,8 @@ def disk(folder: Path) -> Finding:
     existing = existing_parent(folder)
     kind = filesystem(existing)
     free = shutil.disk_usage(existing).free
-    text = f"{folder} ({kind}{', shared' if kind in SHARED else ''}): {free / GIB:.1f} GiB free"
+    where = f"{folder}" if existing == folder else f"{folder}, which is not there yet: {existing}"
+    text = f"{where} ({kind}{', shared' if kind in SHARED else ''}): {free / GIB:.1f} GiB free"
     try:
         rate = _read_rate(existing)
     except OSError as error:

@@ -162,3 +162,4 @@ def test_a_run_without_a_step_left_completes(
     end = ended(run)
     assert (end["status"], end["step"], end["num_steps"]) == ("completed", 8, 8)
     assert "done: 8 steps" in trials.printed(run)
+    assert ("; --max_steps 4 is less than what is done" in trials.printed(run)) is (max_steps == 4)

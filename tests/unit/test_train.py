@@ -35,7 +35,7 @@ class Tokenizer:
         (folder / "additional_chat_templates" / "tools.jinja").write_text(self.text)
         (folder / "tokenizer.json").write_text(self.text[: 1 if self.fails else None])
         if self.fails:
-            raise Exception("No space left on device (os error 28)")  # noqa: TRY002
+            raise Exception("No space left on device (os error 28)")
 
 
 def test_a_tokenizer_that_cannot_be_written_leaves_the_one_before(tmp_path: Path) -> None:

@@ -78,6 +78,7 @@ def test_infiniband_needs_locked_memory(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 def test_disk_is_measured_where_the_folder_will_be(tmp_path: Path) -> None:
     finding = host.disk(tmp_path / "not" / "there")
+    assert finding.found.startswith(f"{tmp_path / 'not' / 'there'}, which is not there yet: {tmp_path} (")
     assert "GiB free, reads " in finding.found
     assert list(tmp_path.iterdir()) == []
 
