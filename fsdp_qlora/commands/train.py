@@ -139,15 +139,14 @@ def _prepare_folder(session: Session, record: dict[str, Any], run_id: str, resum
     Raises:
         CheckpointError, on every rank: the folder cannot be changed.
     """
-    recorded: list[dict[str, Any]] = []
-    output = session.output
+    output, recorded = session.output, list[dict[str, Any]]()
     with agree_on_errors(session.ranks, "preparing the output folder"):
         try:
-            if session.ranks.is_main and resumed:
-                recorded = go_on_in(output, session.progress.step, run_id, session.say)
-            elif session.ranks.is_main:
-                start_over(output)
             if session.ranks.is_main:
+                if resumed:
+                    recorded = go_on_in(output, session.progress.step, run_id, session.say)
+                else:
+                    start_over(output)
                 write_record(output, record)
         except OSError as error:
             raise CheckpointError(
