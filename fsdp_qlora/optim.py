@@ -210,11 +210,12 @@ def gradient_norm(root: nn.Module) -> Tensor:
     """
     gradients = [parameter.grad for parameter in root.parameters() if parameter.grad is not None]
     parts = [local(gradient) for gradient in gradients]
-    norms = _norms_in_host_memory([part for part in parts if not part.is_cuda])
-    on_gpu = [part for part in parts if part.is_cuda]
-    if on_gpu:
-        norms = [*torch._foreach_norm(on_gpu), *(norm.to(on_gpu[0].device) for norm in norms)]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    on_gpu, in_host = ([part for part in parts if part.is_cuda is where] for where in (True, False))
+    norms = [torch.stack(torch._foreach_norm(on_gpu))] if on_gpu else []
+    if in_host:
+        found = torch.stack(_norms_in_host_memory(in_host))
+        norms.append(found.to(on_gpu[0].device) if on_gpu else found)
+    norm = torch.linalg.vector_norm(torch.cat(norms)) if norms else torch.zeros(())
     return _norm_of_shards(norm, gradients)
 
 
@@ -222,7 +223,7 @@ def _norms_in_host_memory(parts: list[Tensor]) -> list[Tensor]:
     """Return the norm of each; PyTorch's runs in one thread."""
     num_threads = torch.get_num_threads()
     size = -(-len(parts) // num_threads)
-    runs = [parts[start : start + size] for start in range(0, len(parts), max(size, 1))]
+    runs = [parts[start : start + size] for start in range(0, len(parts), size)]
     with ThreadPoolExecutor(num_threads) as threads:
         return [norm for norms in threads.map(_norms, runs) for norm in norms]
 
