@@ -71,7 +71,8 @@ class Trainer:
         self.config, self.ranks, self.root = config, ranks, built.root
         self.train_loader, self.eval_loaders, self.sampler = train, evaluation, sampler
         self.best = best
-        self.optimizer = build_optimizer(built.root, config, built.offloaded)
+        # a CPU that computes has nothing to spare beside the forward
+        self.optimizer = build_optimizer(built.root, config, built.offloaded if ranks.device.type == "cuda" else ())
         self.progress = progress or Progress()
         built.skeleton.blocks[0].register_forward_pre_hook(lambda *_: self.progress.beat())
         self.position = start = start or Position()

@@ -13,6 +13,7 @@ from fsdp_qlora import host_updates
 from fsdp_qlora.adapters import gather_adapter
 from fsdp_qlora.build import build_model
 from fsdp_qlora.distributed import process_group
+from fsdp_qlora.optim import build_optimizer
 from fsdp_qlora.parallel import MemorySettings
 from fsdp_qlora.quant.adapt import LoraSettings, QuantSettings
 from tests.batches import make_trainer, random_ids, whole_rows
@@ -39,6 +40,7 @@ def train(folder: Path, device: str) -> list[list[float]]:
             quant = QuantSettings(num_shards=ranks.num_shards)
             built = build_model(folder, ranks, quant, LoraSettings(4, 8.0), torch.float32, memory=memory)
             trainer = make_trainer(built, ranks, max_steps=STEPS, lr=1e-2)
+            trainer.optimizer = build_optimizer(built.root, trainer.config, built.offloaded)  # on CPUs, too
             losses = []
             for step in range(STEPS):
                 batch = whole_rows(random_ids(2, 32, COMMON["vocab_size"], seed=step + 10 * ranks.rank))
