@@ -103,16 +103,8 @@ def main(
         "overwrite": "true",
         **flags,
     }
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        str(ranks),
-        str(ROOT / "train.py"),
-    ]
-    command += [f"--{name}={value}" for name, value in settings.items()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={ranks}", str(ROOT / "train.py")]
+    command = [sys.executable, *torchrun, *(f"--{name}={value}" for name, value in settings.items())]
     log = Path(output_dir) / "metrics.jsonl"
     log.unlink(missing_ok=True)
     started = time.monotonic()
